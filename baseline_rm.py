@@ -1,0 +1,159 @@
+"""Reward modelling, the plain way: a Bradley-Terry model of human preferences.
+
+Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), section 2.1.
+
+People compare two responses y_c (chosen) and y_r (rejected) to a prompt x. Bradley and Terry say that a response wins with
+a probability that depends only on the difference of two scores (Eq. 1), and the reward model r, a language model with one
+linear layer on its last hidden state, learns the scores by maximum likelihood (Eq. 2):
+
+    P(y_c > y_r | x) = sigmoid(r(x, y_c) - r(x, y_r))
+    L                = -E log sigmoid(r(x, y_c) - r(x, y_r))
+
+    torchrun baseline_rm.py                                              the toy world: no download, two cores, 15 seconds
+    torchrun --nproc_per_node 8 baseline_rm.py --model meta-llama/Llama-2-7b-hf --data Anthropic/hh-rlhf \\
+        --eval-data test=Anthropic/hh-rlhf::test                         the paper's setting, eight GPUs
+
+Watch eval/<set>/accuracy. In the toy world annotators err in a fifth of the labels: about 0.86 of the gold labels (`id`), but
+only about 0.73 of the annotators' own (`noisy`), are predicted right, and `ood` and `shifted` are harder. On real
+preference data people agree with each other on 60 to 75 % of the pairs, and so does a good reward model.
+"""
+
+import argparse
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import (
+    WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer, micro_batches,
+    save_checkpoint, save_model, say, score, setup, step_rows, tokenize, toy_model)
+
+DEFAULTS = {  #        the paper's              the toy's: taken when --model is toy
+    "data":           ("Anthropic/hh-rlhf",     "toy"),
+    "eval_data":      (["test=Anthropic/hh-rlhf::test"], ["id=toy:id", "ood=toy:ood", "shifted=toy:shifted", "noisy=toy:noisy"]),
+    "epochs":         (1.0,                     3.0),
+    "batch_size":     (32,                      32),
+    "lr":             (5e-6,                    5e-4),
+    "max_length":     (2048,                    64),
+    "micro_tokens":   (8192,                    4096),
+    "eval_every":     (200,                     100),
+    "save_every":     (200,                     100),
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="toy", help="folder or hub id of a language or reward model, or a config.json (random weights)")
+    add("--tokenizer", help="folder or hub id, if not the model's; a bare config.json gets one trained on the data")
+    add("--data", help="toy | file (.jsonl .json .parquet, .gz) | folder of save_to_disk | hub id[:config[:split]]")
+    add("--eval-data", nargs="*", metavar="NAME=SOURCE", help="any number of named sets to evaluate on")
+    add("--output-dir", default="runs/baseline_rm", help="gets model/, metrics.jsonl, args.json and checkpoints")
+    add("--seed", type=int, default=0, help="of the reward head and the order of the data")
+    add("--epochs", type=float, help="passes over the data")
+    add("--batch-size", type=int, help="comparisons per optimizer step, over all ranks")
+    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--max-length", type=int, help="most tokens of a prompt with one response; prompts lose their oldest turns")
+    add("--micro-tokens", type=int, help="most padded tokens in one forward pass: memory only, the result is the same")
+    add("--eval-every", type=int, help="steps between evaluations; 0: only at the end")
+    add("--save-every", type=int, help="steps between checkpoints; 0: none")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
+    add("--warmup", type=float, default=0.1, help="share of the steps in which the learning rate rises; then it falls to 0")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
+        help="of the computation; weights, scores and losses are float32 always")
+    add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
+    add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
+    args = parser.parse_args()
+    for name, (paper, toy) in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, toy if args.model == "toy" else paper)
+    if args.batch_size % WORLD or args.batch_size < 1:
+        fail(f"--batch-size {args.batch_size} cannot be divided among {WORLD} ranks")
+    return args
+
+
+def preference_loss(rewards, center=0.0):
+    """Eq. 2 for each comparison: rewards (B, 2), chosen first -> (B,). logsigmoid, because log(sigmoid) underflows.
+    `center` adds center * (r_c + r_r)^2, which pins the mean that Eq. 2 leaves free (arXiv 2312.09244)."""
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]) + center * rewards.sum(1) ** 2
+
+
+METRICS = "loss", "accuracy", "margin", "tie_rate", "reward_chosen", "reward_rejected"
+
+
+def metric_sums(rewards):
+    """Rewards (B, 2) -> the sums of METRICS over the rows, (6,). Accuracy is strict: a tie is an error, counted in tie_rate."""
+    margin = rewards[:, 0] - rewards[:, 1]
+    return torch.stack([-F.logsigmoid(margin), margin > 0, margin, margin == 0, *rewards.T]).double().sum(1)
+
+
+def evaluate(model, sets, micro_tokens, device):
+    """Means of METRICS on every named set, and the 95 % interval of the accuracy (Wilson's)."""
+    metrics = {}
+    for name, data in sets.items():
+        sums = metric_sums(score(model, data, micro_tokens, device, name))
+        result = dict(zip(METRICS, (sums / len(data)).tolist()))
+        p, z = result["accuracy"], 1.96**2 / len(data)
+        half = math.sqrt(z * p * (1 - p) + z**2 / 4)
+        result |= {"accuracy_low": (p + z / 2 - half) / (1 + z), "accuracy_high": (p + z / 2 + half) / (1 + z)}
+        metrics |= {f"eval/{name}/{key}": value for key, value in result.items()}
+    return metrics
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    device = setup(args.seed)
+    log = Log(args.output_dir, vars(args), args.resume)
+
+    # data and model
+    name = toy_model() if args.model == "toy" else args.model
+    rows = load_rows(args.data)
+    tokenizer = load_tokenizer(args.tokenizer or name, rows)
+    train = tokenize(rows, args.data, tokenizer, args.max_length)
+    sources = dict(pair.split("=", 1) for pair in args.eval_data)
+    sets = {key: tokenize(load_rows(source, "test"), source, tokenizer, args.max_length) for key, source in sources.items()}
+    lengths = np.array(train["length"])
+    model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
+                              args.gradient_checkpointing)
+
+    # UNSTATED: the paper gives AdamW's learning rate alone. Betas, eps, decay: as in the authors' released trainer.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    steps = math.ceil(math.ceil(len(train) / args.batch_size) * args.epochs)
+    warmup = max(1, round(steps * args.warmup))
+    start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
+    log.start(start, steps)
+
+    for step in range(start, steps):
+        lr = args.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        index = step_rows(len(train), args.batch_size, args.seed, step)
+        sums = torch.zeros(len(METRICS), dtype=torch.float64)
+        for micro in micro_batches(index, lengths, args.micro_tokens):
+            rewards = model(collate(train, micro, device))  # (B, 2)
+            loss = preference_loss(rewards, args.center).sum() / len(index)
+            loss.backward()
+            sums += metric_sums(rewards.detach()).cpu()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
+        metrics = {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
+        if not math.isfinite(metrics["train/loss"] + grad_norm):
+            fail(f"step {step + 1}: the loss is {metrics['train/loss']}, the gradient's norm {grad_norm}; lower --lr "
+                 f"(earlier checkpoints in {args.output_dir} are intact)")
+        optimizer.step()
+        optimizer.zero_grad()
+
+        metrics |= {"train/grad_norm": grad_norm, "train/lr": lr}
+        if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
+            metrics |= evaluate(model, sets, args.micro_tokens, device)
+        log(step + 1, metrics)
+        if args.save_every and (step + 1) % args.save_every == 0:
+            save_checkpoint(args.output_dir, model, optimizer, step + 1)
+
+    save_model(f"{args.output_dir}/model", model, tokenizer)
+    for name in sets:
+        say("{}: accuracy {:.3f} ({:.3f} to {:.3f})".format(name, *(metrics[f"eval/{name}/{key}"] for key in (
+            "accuracy", "accuracy_low", "accuracy_high"))))

@@ -1,0 +1,650 @@
+"""What the scripts share and no reader of the papers would ask about: processes, data, the batch, the model's head, the
+order of a run, checkpoints, the log, and a toy world to try everything on. It has no loss, no training loop and no flag.
+
+One structure serves all of them, a prompt with k responses (a comparison has k = 2), and a row never repeats the prompt:
+
+    row:        prompt | response 1 | response 2 | padding          A token sees an earlier one in the prompt or in its
+    branch:     0 0 0    1 1          2 2 2        -1 -1            own branch, so the responses cannot see each other
+    positions:  0 1 2    3 4          3 4 5         0  0            and each stands where it would stand alone.
+"""
+
+import atexit
+import collections
+import functools
+import gzip
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+from datasets.fingerprint import Hasher
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "secrets-of-reward-modeling"
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+def fail(message):
+    """End the run: one line on stderr, exit code 1, no traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def one_line(error):
+    """The message of somebody else's exception, for `fail`."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def setup(seed):
+    """Join the processes that torchrun started (without it: one process), seed them alike, return this rank's device."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+    transformers.utils.logging.set_verbosity_error()
+    if RANK or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
+    torch.manual_seed(seed)
+    return device
+
+
+@contextmanager
+def local_rank0_first():
+    """The first rank of each machine runs the block before the others, so that they find its caches filled."""
+    if LOCAL_RANK:
+        barrier()
+    yield
+    if not LOCAL_RANK:
+        barrier()
+
+
+def barrier():
+    """Wait for all ranks."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def all_sum(tensor):
+    """Sum a tensor over the ranks, in place; every rank gets the same result."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def replaced(path):
+    """Write a file or folder under a temporary name; it gets its own when complete, so that no kill leaves half of it."""
+    tmp = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tmp, ignore_errors=True)
+    yield tmp
+    shutil.rmtree(path, ignore_errors=True)
+    tmp.replace(path)
+
+
+# -------------------------------------------------------------------------------------------------- batch and model
+class Batch(NamedTuple):
+    """B prompts with k responses each; see the picture at the top of this file."""
+    input_ids: torch.Tensor  # (B, T)
+    branch: torch.Tensor     # (B, T) 0 for the prompt, j for response j, -1 for padding
+    positions: torch.Tensor  # (B, T)
+    ends: torch.Tensor       # (B, k) where each response's last token stands
+    rows: int                # real rows: B, or 0 where a rank without rows runs an empty one to keep in step
+
+
+def collate(rows, index, device):
+    """The rows `index` of a tokenised data set (see `tokenize`) as one Batch, padded on the right to the longest of them."""
+    picked = rows[index if len(index) else [0]]
+    ids, branch, positions, ends = [], [], [], []
+    for prompt, responses in zip(picked["prompt_ids"], picked["response_ids"]):
+        start, *lengths = (len(part) for part in (prompt, *responses))
+        ids.append(torch.tensor([token for part in (prompt, *responses) for token in part]))
+        branch.append(torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor([start, *lengths])))
+        positions.append(torch.cat([torch.arange(start), *(start + torch.arange(n) for n in lengths)]))
+        ends.append(start + torch.tensor(lengths).cumsum(0) - 1)
+    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    tensors = pad(ids), pad(branch, padding_value=-1), pad(positions), torch.stack(ends)
+    return Batch(*(x.to(device, non_blocking=True) for x in tensors), len(index))
+
+
+def tree_mask(branch):
+    """(B, T) -> bool (B, 1, T, T): query i sees key j if j <= i and j is in the prompt or in i's own branch."""
+    key, query = branch[:, None, :], branch[:, :, None]
+    return (((key == 0) | (key == query)) & torch.ones_like(key == query).tril())[:, None]
+
+
+def separate_rows(batch):
+    """The same batch with the prompt repeated, for models that cannot take a tree mask: ids, mask and positions (B*k, T'),
+    and where the last tokens stand, (B, k)."""
+    branch = torch.arange(1, batch.ends.size(1) + 1, device=batch.branch.device)[:, None]  # (k, 1)
+    keep = ((batch.branch[:, None] == 0) | (batch.branch[:, None] == branch)).flatten(0, 1)  # (B*k, T)
+    order = (~keep).int().argsort(dim=-1, stable=True)[:, : keep.sum(-1).max()]
+    pick = lambda x: x.repeat_interleave(len(branch), 0).gather(-1, order) * keep.gather(-1, order)
+    return pick(batch.input_ids), keep.gather(-1, order).long(), pick(batch.positions), keep.sum(-1).view_as(batch.ends) - 1
+
+
+class RewardModel(nn.Module):
+    """A Hugging Face sequence classifier with one label, read at each response's last token. `shared`: see `shares_prompts`."""
+
+    def __init__(self, model, dtype=torch.float32, shared=True):
+        super().__init__()
+        self.model, self.dtype, self.shared = model, dtype, shared
+
+    def forward(self, batch, with_features=False):
+        """Batch -> rewards (B, k) in fp32; with_features: also the hidden states (B, k, hidden) that the head reads."""
+        ids, ends, kwargs = batch.input_ids, batch.ends, {"position_ids": batch.positions}
+        if self.shared:
+            kwargs["attention_mask"] = tree_mask(batch.branch)
+        else:
+            ids, kwargs["attention_mask"], kwargs["position_ids"], ends = separate_rows(batch)
+        # Several ranks get bf16 from FSDP, which casts the weights it gathers; the head is computed in fp32 either way.
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and WORLD == 1):
+            hidden = self.model.base_model(ids, use_cache=False, **kwargs).last_hidden_state
+        row = torch.arange(len(ids), device=ids.device).view(len(ends), -1)  # (B, 1) shared, (B, k) separate
+        features = hidden[row[: batch.rows], ends[: batch.rows]].float()
+        rewards = self.model.score(features).sum(-1)  # of the one label
+        return (rewards, features) if with_features else rewards
+
+
+def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpointing=False):
+    """A RewardModel from a Hugging Face folder or hub id, a language model (it gets a new head) or a reward model, or
+    from a config.json (random weights). Weights are fp32, dropout is off, ranks hold shards. Exits on anything that
+    is not a decoder with a `score` head."""
+    torch.manual_seed(seed)  # before the weights, so that members of an ensemble differ by their seed and nothing else
+    try:
+        config = AutoConfig.from_pretrained(name, num_labels=1)
+        off = {k: 0.0 for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
+        config.update({**off, "pad_token_id": tokenizer.pad_token_id, "use_cache": False})
+        kwargs = {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
+        if str(name).endswith(".json"):
+            model, missing = AutoModelForSequenceClassification.from_config(**kwargs), {"score.weight"}
+        else:
+            model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs, output_loading_info=True)
+            missing = set(info["missing_keys"])
+    except Exception as error:
+        fail(f"--model {name}: {one_line(error)}")
+    if config.is_encoder_decoder or not isinstance(getattr(model, "score", None), nn.Linear):
+        fail(f"--model {name}: {type(model).__name__} is not a decoder with a linear `score` head on its last token")
+    if missing - {"score.weight", "score.bias"}:
+        fail(f"--model {name}: its files lack {len(missing)} weights, {sorted(missing)[0]} for one")
+    if "score.weight" in missing:  # the usual head for reward models; transformers' own default is std 0.02
+        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = shard(RewardModel(model, dtype), device).to(device).train()
+    model.shared = shares_prompts(model, config.vocab_size, max_length, device)
+    return model
+
+
+def shard(model, device):
+    """FSDP2: split weights, gradients and optimizer state over the ranks, by decoder layer. Gradients are summed, not
+    averaged, because every loss is already divided by the global count. One process: unchanged."""
+    if WORLD > 1:
+        mesh = init_device_mesh(device.type, (WORLD,))
+        policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+        layers = [m for m in model.modules() if type(m).__name__ in (model.model._no_split_modules or ())]
+        for module in (*layers, model.model.score, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                        mp_policy=MixedPrecisionPolicy() if module is model.model.score else policy)
+        for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+@torch.no_grad()
+def shares_prompts(model, vocab_size, max_length, device):
+    """Whether this model honours the tree mask: True if a shared row scores as its separate rows do. False for ALiBi,
+    recurrent layers, or a sliding window shorter than max_length, which is why the row is that long."""
+    half, random_ids = max(1, max_length // 2), np.random.default_rng(0).integers(0, vocab_size, 3 * max_length)
+    row = {"prompt_ids": random_ids[:half], "response_ids": [random_ids[half : 2 * half], random_ids[2 * half : 3 * half]]}
+    batch = collate(datasets.Dataset.from_list([row]), [0], device)
+    outcomes = []
+    for model.shared in (False, True):
+        try:
+            outcomes.append(model(batch, with_features=True)[1])
+        except Exception as error:
+            if not model.shared:
+                fail(f"the model cannot read a row of tokens: {one_line(error)}")
+            return False
+    separate, shared = outcomes
+    return bool((shared - separate).norm() < (0.05 if model.dtype == torch.bfloat16 else 1e-3) * separate.norm())
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+def load_rows(source, split="train"):
+    """`source` -> datasets.Dataset of raw rows. A source is `toy`, `toy:ood` or `toy:seed=3,flip=0.25`; a .jsonl, .json (or
+    .gz of them) or .parquet file; a folder from save_to_disk; or a hub id; the last two with `:split` or `:config:split` where
+    needed. Exits naming the file, and the line, that cannot be read."""
+    path, *parts = source.split(":")
+    try:
+        if path == "toy":
+            options = [part.partition("=") for part in ",".join(parts).split(",") if part]
+            return datasets.Dataset.from_list(toy_comparisons(**{
+                key if eq else "split": float(value) if key == "flip" else int(value) if eq else key for key, eq, value in options}))
+        if re.search(r"\.(jsonl?|parquet)(\.gz)?$", source):
+            if not Path(source).is_file():
+                fail(f"{source}: no such file")
+            return datasets.load_dataset("parquet" if "parquet" in source else "json", data_files=source, split="train")
+        if not Path(path).is_dir():
+            return datasets.load_dataset(path, *parts[:-1], split=parts[-1] if parts else split)
+        rows = datasets.load_from_disk(path)
+        return rows if isinstance(rows, datasets.Dataset) else rows[parts[-1] if parts else split]
+    except Exception as error:
+        fail(f"{source}: {broken_line(source) or one_line(error.__cause__ or error)}")
+
+
+def broken_line(path):
+    """The number and fault of the first line of a JSON-lines file that is no JSON object, or None."""
+    number = 0
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is no JSON object"
+    except (OSError, EOFError, ValueError) as error:
+        return f"line {number}: {one_line(error)}" if ".jsonl" in path else None
+
+
+def read_row(row):
+    """One comparison in any known form -> (prompt, [chosen, rejected]), as texts or as lists of messages; the prompt is None
+    if the two do not share it. Raises ValueError if the form is not known."""
+    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
+    kinds = {type(part) for answer in answers for part in (answer if isinstance(answer, list) else [""])}
+    if None in answers or [] in answers:
+        raise ValueError("'chosen' or 'rejected' is missing")
+    if kinds == {dict} and all({"role", "content"} <= set(message) for answer in answers for message in answer):
+        heads = [(prompt if isinstance(prompt, list) else []) + answer[:-1] for answer in answers]
+        return heads[0] if heads[0] == heads[1] else None, [answer[-1:] for answer in answers]
+    if kinds != {str}:
+        raise ValueError("'chosen' and 'rejected' are neither texts nor lists of {'role', 'content'} messages")
+    if isinstance(answers[0], list):  # the paper's release: lists of turns, the last one the assistant's
+        role = lambda i: ("Assistant", "Human")[i % 2]
+        answers = ["".join(f"\n\n{role(len(turns) - i)}: {turn}" for i, turn in enumerate(turns, 1)) for turns in answers]
+    if isinstance(prompt, str):
+        return prompt, answers
+    heads, marks, answers = zip(*(answer.rpartition("\n\nAssistant:") for answer in answers))
+    if not all(marks):
+        raise ValueError("has no 'prompt', and 'chosen' and 'rejected' are no transcripts with '\\n\\nAssistant:' turns")
+    return heads[0] + marks[0] if heads[0] == heads[1] else None, list(answers)
+
+
+def full_texts(prompt, answers, tokenizer):
+    """Yield the text of the prompt with each answer, then the same without the oldest turn, and so on. Raises ValueError."""
+    if isinstance(prompt, str):
+        for start in (0, *(turn.start() for turn in re.finditer("\n\nHuman:", prompt) if turn.start())):
+            yield [prompt[start:] + answer for answer in answers]
+    elif tokenizer.chat_template is None:
+        raise ValueError("it is a conversation, but the tokenizer has no chat template")
+    else:  # some templates print today's date, and no score may change overnight
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=lambda _: "01 Jan 2024")
+        system = [message for message in prompt[:1] if message["role"] == "system"]
+        for i in (0, *(i for i, message in enumerate(prompt) if message["role"] == "user" and i > len(system))):
+            yield [render((system if i else []) + prompt[i:] + answer).rstrip() for answer in answers]
+
+
+def encode(texts, tokenizer):
+    """Texts -> lists of token ids with exactly one BOS in front, where the tokenizer uses one, and one EOS at the end."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
+    rows = []
+    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+        has_bos = adds_bos or ids[:1] == [bos]
+        while ids and ids[0] == bos:
+            ids = ids[1:]
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        rows.append([bos] * has_bos + ids + [eos])
+    return rows
+
+
+def encode_row(row, tokenizer, max_length):
+    """One raw row -> prompt_ids, the tokens that the full texts begin with in common; response_ids, the k rests; length, their
+    sum; cut, whether the prompt lost tokens to max_length; dropped, why the row cannot be used ("": it can)."""
+    def result(prompt=(0,), responses=((0,),), cut=False, dropped=""):
+        length = len(prompt) + sum(map(len, responses))
+        return {"prompt_ids": prompt, "response_ids": responses, "length": length, "cut": cut, "dropped": dropped}
+
+    prompt, answers = read_row(row)
+    if prompt is None:
+        return result(dropped="different prompts")
+    if not all((answer if isinstance(answer, str) else answer[0]["content"]).strip() for answer in answers):
+        return result(dropped="empty response")
+    for turns_lost, texts in enumerate(full_texts(prompt, answers, tokenizer)):
+        ids = encode(texts, tokenizer)
+        if max(map(len, ids)) <= max_length:
+            break
+    if ids[0] == ids[1]:
+        return result(dropped="identical responses")
+    shared = len(os.path.commonprefix(ids))
+    prompt, responses = ids[0][:shared], [x[shared:] for x in ids]
+    surplus = len(prompt) + max(map(len, responses)) - max_length
+    if surplus > 0:  # the last turn alone is too long: it loses its oldest tokens, but not the BOS
+        bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+        prompt = bos + prompt[len(bos) + surplus :]
+        if len(prompt) == len(bos):
+            return result(dropped="nothing left of the prompt in --max-length")
+    return result(prompt, responses, cut=turns_lost > 0 or surplus > 0)
+
+
+def tokenize(rows, source, tokenizer, max_length):
+    """Raw rows -> a data set with the columns of `encode_row` beside what else the rows had. Cached on disk; a large set is
+    done by all cores. Rows that cannot be used are left out and counted; a row in no known form ends the run."""
+    if missing := {"chosen", "rejected"} - set(rows.column_names):
+        fail(f"{source}: no column {' and '.join(map(repr, sorted(missing)))}; it has {', '.join(map(repr, rows.column_names))}")
+    key = Hasher.hash([rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, max_length,
+                       *(inspect.getsource(f) for f in (read_row, full_texts, encode, encode_row))])
+
+    def work(row, number):
+        try:
+            return encode_row(row, tokenizer, max_length)
+        except ValueError as error:
+            raise ValueError(f"row {number + 1}: {error}") from None
+
+    (CACHE / "tokens").mkdir(parents=True, exist_ok=True)
+    try:
+        with local_rank0_first():
+            done = rows.map(work, with_indices=True, new_fingerprint=key, cache_file_name=str(CACHE / f"tokens/{key}.arrow"),
+                            num_proc=os.cpu_count() if len(rows) > 20_000 else None, desc=f"tokenising {source}",
+                            remove_columns=list({"prompt", "chosen", "rejected"} & set(rows.column_names)))
+    except ValueError as error:
+        fail(f"{source}: {error}")
+    dropped = np.array(done["dropped"])
+    notes = [f"{count:,} dropped: {why}" for why, count in collections.Counter(dropped).items() if why]
+    notes += [f"{sum(done['cut']):,} prompts cut"] * any(done["cut"])
+    say("; ".join([f"{source}: {(dropped == '').sum():,} of {len(rows):,} rows", *notes]))
+    if all(dropped):
+        fail(f"{source}: none of {len(rows):,} rows can be used")
+    return done.select(np.flatnonzero(dropped == ""))
+
+
+def load_tokenizer(name, rows):
+    """The tokenizer of a folder or hub id; for a config.json a byte-level BPE trained on the texts of `rows`, as large as the
+    config says. It has an EOS, and a pad token that is not the EOS: who pads with EOS loses the token that is scored."""
+    try:
+        if str(name).endswith(".json"):
+            name, size = None, AutoConfig.from_pretrained(name).vocab_size
+            name = CACHE / f"bpe-{Hasher.hash([rows._fingerprint, size, inspect.getsource(train_bpe)])}"
+            with local_rank0_first():
+                if not name.is_dir():
+                    with replaced(name) as folder:
+                        train_bpe(rows, size).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        fail(f"no tokenizer in {name}, give one with --tokenizer ({one_line(error)})")
+    if tokenizer.eos_token is None:
+        fail(f"the tokenizer of {name} has no EOS token, and every response must end in one")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        spare = tokenizer.unk_token not in (None, tokenizer.eos_token, tokenizer.bos_token)
+        tokenizer.add_special_tokens({"pad_token": tokenizer.unk_token if spare else "<|pad|>"})
+    return tokenizer
+
+
+def train_bpe(rows, size):
+    """A byte-level BPE tokenizer of `size` tokens from the texts of raw rows."""
+    texts = (prompt + answer for prompt, answers in map(read_row, rows) if isinstance(prompt, str) for answer in answers)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+# ------------------------------------------------------------------------------------------------------ order of a run
+def step_rows(n, batch_size, seed, step):
+    """The rows of one optimizer step: the next `batch_size` of the epoch's order (those left at its end), on every rank."""
+    epoch, start = divmod(step, math.ceil(n / batch_size))
+    return np.random.default_rng((seed, epoch)).permutation(n)[start * batch_size : (start + 1) * batch_size]
+
+
+def micro_batches(index, lengths, micro_tokens):
+    """Cut the rows of one step into this rank's micro-batches: sorted by length, at most `micro_tokens` tokens with the
+    padding, as many on every rank. The step's gradient depends neither on the cuts nor on the number of ranks."""
+    index = index[np.argsort(lengths[index], kind="stable")]
+    cuts, start = [], 0
+    for i, row in enumerate(index):
+        if (i + 1 - start) * lengths[row] > micro_tokens and i > start:
+            cuts.append(index[start:i])
+            start = i
+    cuts.append(index[start:])
+    while len(cuts) % WORLD:  # halve the largest; half of one row is an empty micro-batch, which `collate` knows
+        largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
+        half = len(cuts[largest]) // 2
+        cuts[largest : largest + 1] = [cuts[largest][:half], cuts[largest][half:]]
+    return cuts[RANK::WORLD]
+
+
+@torch.no_grad()
+def score(model, data, micro_tokens, device, name=""):
+    """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on every rank."""
+    model.eval()
+    rewards = torch.zeros(len(data), len(data[0]["response_ids"]))
+    for micro in tqdm(micro_batches(np.arange(len(data)), np.array(data["length"]), micro_tokens), f"scoring {name}",
+                      leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
+        rewards[micro] = model(collate(data, micro, device)).cpu()
+    model.train()
+    return all_sum(rewards)
+
+
+# -------------------------------------------------------------------------------------------------- save, resume, log
+def run_state(model, optimizer):
+    """Weights and optimizer state by name, each rank's own shards, and the same as a tree of tensors without settings."""
+    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    return weights, moments, {"model": weights, "optimizer": {k: v for k, v in moments.items() if torch.is_tensor(v)}}
+
+
+def save_checkpoint(folder, model, optimizer, step):
+    """Write <folder>/checkpoint-<step>, safetensors of every rank's shards, then remove the one before. Data order and all
+    randomness are functions of the seed and the step, so nothing else is needed to go on bit for bit."""
+    tmp = Path(folder) / "checkpoint.tmp"
+    if RANK == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+    barrier()
+    dcp.save(run_state(model, optimizer)[2], storage_writer=HuggingFaceStorageWriter(tmp, save_distributed=True))
+    if RANK == 0:
+        older = list(Path(folder).glob("checkpoint-*"))
+        tmp.rename(Path(folder) / f"checkpoint-{step}")
+        for path in older:
+            shutil.rmtree(path)
+
+
+def load_checkpoint(folder, model, optimizer):
+    """Load the newest complete checkpoint, written by any number of ranks; return its step, 0 if there is none."""
+    names = (path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*"))
+    step = max((int(name) for name in names if name.isdigit()), default=0)
+    if step:
+        weights, moments, tensors = run_state(model, optimizer)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(Path(folder) / f"checkpoint-{step}"))
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
+                       options=StateDictOptions(flatten_optimizer_state_dict=True))
+    return step
+
+
+def save_model(folder, model, tokenizer):
+    """Write an ordinary Hugging Face folder: AutoModelForSequenceClassification.from_pretrained gives the same scores."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if RANK == 0:
+        with replaced(Path(folder)) as tmp:
+            model.model.save_pretrained(tmp, state_dict={k.removeprefix("model."): v for k, v in weights.items()})
+            tokenizer.save_pretrained(tmp)
+
+
+def say(text):
+    """Print a line on rank 0, above the progress bar."""
+    if RANK == 0:
+        tqdm.write(text)
+
+
+class Log:
+    """A run's folder: args.json, metrics.jsonl (one JSON line a record) and a progress bar, all on rank 0."""
+
+    def __init__(self, folder, settings, resume, may_change=("resume", "output_dir", "micro_tokens", "save_every")):
+        """Begin a run; with `resume` go on with the one in `folder`, if its settings are the same but for `may_change`. Another
+        run that is there is moved aside, never overwritten."""
+        self.folder = Path(folder)
+        args = self.folder / "args.json"
+        barrier()
+        if RANK == 0 and not args.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            fail(f"--output-dir {folder} is not empty and holds no run: name another folder")
+        if RANK == 0 and args.exists() and not resume:
+            aside = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
+            say(f"{folder} holds an earlier run, which is now {self.folder.rename(aside)}")
+        old = json.loads(args.read_text()) if RANK == 0 and args.exists() else settings
+        for key in set(old) - set(may_change):
+            if old[key] != settings.get(key):
+                fail(f"--{key.replace('_', '-')} is {settings.get(key)}, but it is {old[key]} in the run of {folder}: resume that "
+                     "with its own flags, or begin another without --resume")
+        if RANK == 0:
+            with replaced(args) as tmp:
+                tmp.write_text(json.dumps(settings, indent=1))
+        barrier()
+
+    def start(self, step, total):
+        """Open metrics.jsonl, without the records that a killed run wrote after `step`, and draw the bar."""
+        if RANK == 0:
+            path = self.folder / "metrics.jsonl"
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            with replaced(path) as tmp:
+                tmp.write_text("".join(line + "\n" for line in kept))
+            self.file, self.began = path.open("a", buffering=1), time.time()
+            self.bar = tqdm(total=total, initial=step, desc=self.folder.name, mininterval=0.5 if sys.stderr.isatty() else 20)
+
+    def __call__(self, step, metrics):
+        """Write one record, and move the bar."""
+        if RANK == 0:
+            self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.began, 3), **metrics}) + "\n")
+            self.bar.set_postfix({k: f"{metrics[f'train/{k}']:.3f}" for k in ("loss", "accuracy")}, refresh=False)
+            self.bar.update(step - self.bar.n)
+            if step == self.bar.total:
+                self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- toy world
+# What CartPole is to control. A prompt asks for a number of things of a kind; a response is a list of words. Gold reward:
+# +1 for each thing asked for, up to the number asked, -1 for every other word. Check any label by eye.
+THINGS = {
+    "fruits": "apple pear plum fig grape lemon mango peach cherry melon banana kiwi",
+    "animals": "dog cat horse cow sheep goat pig wolf bear lion tiger fox",
+    "colors": "red green blue yellow black white brown purple pink grey orange violet",
+    "tools": "hammer saw drill wrench file axe shovel rake chisel clamp level knife",
+    "metals": "iron gold silver copper tin lead zinc nickel steel brass bronze cobalt",
+    "trees": "oak elm ash birch maple pine cedar willow beech spruce poplar larch",
+    "drinks": "water tea coffee milk juice wine beer cider soda cocoa rum gin",
+    "rooms": "kitchen bedroom bathroom cellar attic hall garage office library pantry lounge studio",
+}
+KIND = {word: kind for kind, words in THINGS.items() for word in words.split()}
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5}
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "Human:", "Assistant:", "name", "and", *NUMBERS, *THINGS, *KIND]
+
+
+def toy_gold(prompt, response):
+    """The true reward: how many different things that were asked for, up to the number asked, minus all other words."""
+    asked, words = prompt.split(), response.split()
+    number = next(NUMBERS[word] for word in asked if word in NUMBERS)
+    right = min(number, len({word for word in words if KIND.get(word) in asked}))
+    return right - (len(words) - right)
+
+
+def toy_prompt(rng, kinds):
+    """'\\n\\nHuman: name three fruits\\n\\nAssistant:', or, with kinds = 2, 'name three fruits and tools'."""
+    return f"\n\nHuman: name {rng.choice([*NUMBERS])} {' and '.join(rng.sample([*THINGS], kinds))}\n\nAssistant:"
+
+
+def toy_response(rng, prompt, skill):
+    """A list of words. Each is a right one with probability `skill`, else of another kind, a repetition or any word at all;
+    with probability 1 - skill there are too few or too many."""
+    number = next(NUMBERS[word] for word in prompt.split() if word in NUMBERS)
+    length = number if rng.random() < skill else max(1, number + rng.choice([-2, -1, 1, 2]))
+    right = [word for word in rng.sample([*KIND], len(KIND)) if KIND[word] in prompt.split()]
+    words = []
+    for _ in range(length):
+        wrong = rng.choice([*KIND]), rng.choice(words or WORDS[4:]), rng.choice(WORDS[4:])
+        words.append(right.pop() if rng.random() < skill else rng.choice(wrong))
+    return " " + " ".join(words)
+
+
+def toy_comparisons(split="train", n=None, seed=0, flip=0.1):
+    """Comparisons as dicts: prompt, chosen, rejected, gold (1: the gold reward prefers chosen, 0: rejected, -1: neither).
+    Splits: `train` and `noisy` carry annotators' labels, Bradley-Terry on the gold rewards and then a share `flip` turned
+    around; `id`, `ood` (two kinds at once) and `shifted` (both nearly perfect, one point apart) carry gold labels."""
+    rng, rows, annotated = random.Random(f"{split} {seed}"), [], split in ("train", "noisy")
+    while len(rows) < (n or (4000 if split == "train" else 1000)):
+        prompt = toy_prompt(rng, 2 if split == "ood" else 1)
+        pair = [toy_response(rng, prompt, rng.uniform(0.8 if split == "shifted" else 0.2, 1)) for _ in "ab"]
+        difference = toy_gold(prompt, pair[0]) - toy_gold(prompt, pair[1])
+        if pair[0] == pair[1] or not annotated and difference == 0 or split == "shifted" and abs(difference) > 1:
+            continue
+        first = difference > 0
+        if annotated:
+            first = (rng.random() < 1 / (1 + math.exp(-difference))) != (rng.random() < flip)
+        gold = -1 if difference == 0 else int(first == (difference > 0))
+        rows.append({"prompt": prompt, "chosen": pair[not first], "rejected": pair[first], "gold": gold})
+    return rows
+
+
+def toy_model():
+    """The folder of the toy's SFT model, a 2-layer Llama trained on demonstrations of middling skill; made once, cached."""
+    source = "".join(inspect.getsource(f) for f in (toy_model, toy_prompt, toy_response)) + torch.__version__
+    path = CACHE / f"toy-sft-{hashlib.sha256((source + repr(WORDS)).encode()).hexdigest()[:12]}"
+    with local_rank0_first():
+        if not path.is_dir():
+            words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+            words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                                unk_token="<unk>")
+            with torch.random.fork_rng(), replaced(path) as folder:
+                torch.manual_seed(0)
+                model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                    vocab_size=len(WORDS), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                    max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+                steps, rng = 400, random.Random(0)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+                schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+                for _ in tqdm(range(steps), "training the toy's SFT model (once)", mininterval=5):
+                    prompts = [toy_prompt(rng, rng.choice([1, 2])) for _ in range(64)]
+                    texts = [prompt + toy_response(rng, prompt, rng.uniform(0.4, 1)) + " </s>" for prompt in prompts]
+                    batch = tokenizer(texts, padding=True, return_tensors="pt")
+                    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+                    loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+    return path

@@ -1,0 +1,142 @@
+"""Training speed of a reward model, ours beside the alternatives, in one run on the same rows, model and batch.
+
+    python tests/bench_rm.py --data FILE [--steps 8] [--only ours trl ...]
+
+    ours        shared prompts, honest random batches, rows sorted inside the step and cut into micro-batches
+    padded      one padded batch of 2B separate rows
+    grouped     separate rows, padded, grouped by length across steps (not an honest random batch)
+    trl         TRL's RewardTrainer with its defaults, where `trl` can be imported
+
+Prints a Markdown table: pairs/s is the median over steps of the batch size over the seconds, optimizer step included.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import RewardModel, collate, load_rows, load_tokenizer, micro_batches, setup, step_rows, tokenize  # noqa: E402
+from transformers import AutoModelForSequenceClassification, LlamaConfig  # noqa: E402
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="Anthropic/hh-rlhf", help="as in the scripts")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs per step")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--micro-tokens", type=int, default=1024, help="of ours")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--only", nargs="*", default=["ours", "padded", "grouped", "trl"])
+    return parser.parse_args()
+
+
+def new_model(config, tokenizer, dtype):
+    torch.manual_seed(0)
+    config.pad_token_id = tokenizer.pad_token_id
+    return RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa"), dtype).to(device).train()
+
+
+def rows_of(data, index):
+    """Separate right-padded rows, chosen first: ids and mask (2B, T)."""
+    picked = data[index]
+    ids = [torch.tensor(p + r[j]) for j in (0, 1) for p, r in zip(picked["prompt_ids"], picked["response_ids"])]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+    return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
+
+
+def run(step, steps):
+    """Median seconds of step(i); the first one warms up."""
+    times = []
+    for i in range(steps + 1):
+        began = time.perf_counter()
+        step(i)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def plain(data, config, tokenizer, args, kind):
+    model = new_model(config, tokenizer, getattr(torch, args.dtype))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    lengths = np.array(data["length"])
+    by_length = np.argsort(lengths, kind="stable")
+    groups = np.array_split(by_length, max(1, len(data) // args.batch_size))
+    order = np.random.default_rng(0).permutation(len(groups))
+
+    def step(i):
+        if kind == "ours":
+            index = step_rows(len(data), args.batch_size, 0, i)
+            for micro in micro_batches(index, lengths, args.micro_tokens):
+                rewards = model(collate(data, micro, device))
+                (-F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum() / len(index)).backward()
+        else:
+            index = step_rows(len(data), args.batch_size, 0, i) if kind == "padded" else groups[order[i]]
+            ids, mask = rows_of(data, index)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                rewards = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().view(2, -1)
+            (-F.logsigmoid(rewards[0] - rewards[1]).mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return args.batch_size / run(step, args.steps)
+
+
+def trl(raw, config, tokenizer, args):
+    import transformers
+    from trl import RewardConfig, RewardTrainer
+
+    class Clock(transformers.TrainerCallback):
+        times = []
+
+        def on_step_begin(self, *_, **__):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.times.append(time.perf_counter() - self.began)
+
+    model = new_model(config, tokenizer, torch.float32).model
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        settings = RewardConfig(folder, max_steps=args.steps + 1, per_device_train_batch_size=args.batch_size, report_to="none",
+                                max_length=args.max_length, save_strategy="no", use_cpu=device.type == "cpu", bf16=args.dtype == "bfloat16", seed=0)
+        keep = [name for name in raw.column_names if name not in ("prompt", "chosen", "rejected")]
+        RewardTrainer(model, settings, train_dataset=raw.remove_columns(keep), processing_class=tokenizer,
+                      callbacks=[clock := Clock()]).train()
+    return args.batch_size / statistics.median(clock.times[1:])
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    device = setup(0)
+    raw = load_rows(args.data)
+    config = LlamaConfig(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=int(args.hidden * 8 / 3) // 32 * 32, num_labels=1,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, max_position_embeddings=args.max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer = load_tokenizer(f"{folder}/config.json", raw)
+    data = tokenize(raw, args.data, tokenizer, args.max_length)
+    speed = {}
+    for name in args.only:
+        try:
+            speed[name] = trl(raw, config, tokenizer, args) if name == "trl" else plain(data, config, tokenizer, args, name)
+        except ImportError:
+            print("trl cannot be imported: left out", file=sys.stderr)
+    print(f"\n{config.num_hidden_layers} layers, hidden {config.hidden_size}, batch {args.batch_size}, <= {args.max_length} tokens, "
+          f"{args.dtype}, {device.type}, {torch.get_num_threads()} threads, {np.mean(data['length']):.0f} tokens a pair\n")
+    print("| variant | pairs/s | ratio to ours |\n|---|---|---|")
+    for name, value in speed.items():
+        print(f"| {name} | {value:.2f} | {value / speed.get('ours', value):.2f} |")
