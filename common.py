@@ -1,7 +1,7 @@
-"""What the scripts share and no reader of the papers would ask about: processes, data, the batch, the model's head, the
-order of a run, checkpoints, the log, and a toy world to try everything on. It has no loss, no training loop and no flag.
+"""What the scripts share and no reader of the papers would ask about: processes, data, the batch, the model's head,
+the order of a run, checkpoints, the log, and a toy world to try everything on. No loss, no training loop, no flag.
 
-One structure serves all of them, a prompt with k responses (a comparison has k = 2), and a row never repeats the prompt:
+One structure serves all of them: a prompt with k responses (a comparison has k = 2). A row never repeats the prompt:
 
     row:        prompt | response 1 | response 2 | padding          A token sees an earlier one in the prompt or in its
     branch:     0 0 0    1 1          2 2 2        -1 -1            own branch, so the responses cannot see each other
@@ -51,8 +51,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "secre
 
 # ---------------------------------------------------------------------------------------------------------- processes
 def fail(message):
-    """End the run: one line on stderr, exit code 1, no traceback."""
-    raise SystemExit(f"error: {message}")
+    """End the run: one line on stderr (one for each machine), exit code 1, no traceback."""
+    raise SystemExit(1 if LOCAL_RANK else f"error: {message}")
 
 
 def one_line(error):
@@ -61,7 +61,7 @@ def one_line(error):
 
 
 def setup(seed):
-    """Join the processes that torchrun started (without it: one process), seed them alike, return this rank's device."""
+    """Join the processes that torchrun started (without it: one process), seed them alike; -> this rank's device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
@@ -103,7 +103,7 @@ def all_sum(tensor):
 
 @contextmanager
 def replaced(path):
-    """Write a file or folder under a temporary name; it gets its own when complete, so that no kill leaves half of it."""
+    """Write a file or folder under a temporary name; it gets its own when complete: no kill leaves half of it."""
     tmp = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(tmp, ignore_errors=True)
@@ -123,7 +123,7 @@ class Batch(NamedTuple):
 
 
 def collate(rows, index, device):
-    """The rows `index` of a tokenised data set (see `tokenize`) as one Batch, padded on the right to the longest of them."""
+    """The rows `index` of a tokenised data set (see `tokenize`) as one Batch, padded on the right to the longest."""
     picked = rows[index if len(index) else [0]]
     ids, branch, positions, ends = [], [], [], []
     for prompt, responses in zip(picked["prompt_ids"], picked["response_ids"]):
@@ -144,24 +144,26 @@ def tree_mask(branch):
 
 
 def separate_rows(batch):
-    """The same batch with the prompt repeated, for models that cannot take a tree mask: ids, mask and positions (B*k, T'),
-    and where the last tokens stand, (B, k)."""
+    """The same batch with the prompt repeated, for models that cannot take a tree mask: ids, mask and positions
+    (B*k, T'), and where the last tokens stand, (B, k)."""
     branch = torch.arange(1, batch.ends.size(1) + 1, device=batch.branch.device)[:, None]  # (k, 1)
     keep = ((batch.branch[:, None] == 0) | (batch.branch[:, None] == branch)).flatten(0, 1)  # (B*k, T)
     order = (~keep).int().argsort(dim=-1, stable=True)[:, : keep.sum(-1).max()]
     pick = lambda x: x.repeat_interleave(len(branch), 0).gather(-1, order) * keep.gather(-1, order)
-    return pick(batch.input_ids), keep.gather(-1, order).long(), pick(batch.positions), keep.sum(-1).view_as(batch.ends) - 1
+    ends = keep.sum(-1).view_as(batch.ends) - 1
+    return pick(batch.input_ids), keep.gather(-1, order).long(), pick(batch.positions), ends
 
 
 class RewardModel(nn.Module):
-    """A Hugging Face sequence classifier with one label, read at each response's last token. `shared`: see `shares_prompts`."""
+    """A Hugging Face sequence classifier with one label, read at each response's last token. In fp32, or in bf16 with
+    fp32 weights; `shared`: whether it reads rows as they are (see `shares_prompts`) or `separate_rows`."""
 
     def __init__(self, model, dtype=torch.float32, shared=True):
         super().__init__()
         self.model, self.dtype, self.shared = model, dtype, shared
 
     def forward(self, batch, with_features=False):
-        """Batch -> rewards (B, k) in fp32; with_features: also the hidden states (B, k, hidden) that the head reads."""
+        """Batch -> rewards (B, k), fp32; with_features: also the hidden states (B, k, hidden) that the head reads."""
         ids, ends, kwargs = batch.input_ids, batch.ends, {"position_ids": batch.positions}
         if self.shared:
             kwargs["attention_mask"] = tree_mask(batch.branch)
@@ -183,9 +185,9 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
     torch.manual_seed(seed)  # before the weights, so that members of an ensemble differ by their seed and nothing else
     try:
         config = AutoConfig.from_pretrained(name, num_labels=1)
-        off = {k: 0.0 for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
-        config.update({**off, "pad_token_id": tokenizer.pad_token_id, "use_cache": False})
-        kwargs = {"config": config, "dtype": torch.float32, "attn_implementation": "sdpa"}
+        for part in (config, config.get_text_config()):  # two objects where the model also reads images
+            part.update({k: 0.0 for k, v in part.to_dict().items() if "drop" in k and isinstance(v, float)})
+        kwargs = {"config": config, "dtype": torch.float32}
         if str(name).endswith(".json"):
             model, missing = AutoModelForSequenceClassification.from_config(**kwargs), {"score.weight"}
         else:
@@ -195,16 +197,18 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
         fail(f"--model {name}: {one_line(error)}")
     if config.is_encoder_decoder or not isinstance(getattr(model, "score", None), nn.Linear):
         fail(f"--model {name}: {type(model).__name__} is not a decoder with a linear `score` head on its last token")
-    if missing - {"score.weight", "score.bias"}:
-        fail(f"--model {name}: its files lack {len(missing)} weights, {sorted(missing)[0]} for one")
-    if "score.weight" in missing:  # the usual head for reward models; transformers' own default is std 0.02
+    if lacking := missing - {"score.weight"}:
+        fail(f"--model {name}: its files lack {len(lacking)} weights, {min(lacking)} for one")
+    if missing:  # the usual head for reward models; transformers' own default is std 0.02
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
+    for part in (model.config, model.config.get_text_config()):
+        part.update({"pad_token_id": tokenizer.pad_token_id, "use_cache": False})
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = shard(RewardModel(model, dtype), device).to(device).train()
-    model.shared = shares_prompts(model, config.vocab_size, max_length, device)
+    model.shared = shares_prompts(model, max_length, device)
     return model
 
 
@@ -225,12 +229,12 @@ def shard(model, device):
 
 
 @torch.no_grad()
-def shares_prompts(model, vocab_size, max_length, device):
-    """Whether this model honours the tree mask: True if a shared row scores as its separate rows do. False for ALiBi,
-    recurrent layers, or a sliding window shorter than max_length, which is why the row is that long."""
-    half, random_ids = max(1, max_length // 2), np.random.default_rng(0).integers(0, vocab_size, 3 * max_length)
-    row = {"prompt_ids": random_ids[:half], "response_ids": [random_ids[half : 2 * half], random_ids[2 * half : 3 * half]]}
-    batch = collate(datasets.Dataset.from_list([row]), [0], device)
+def shares_prompts(model, max_length, device):
+    """Whether this model honours the tree mask: True if a shared row of max_length gives the features of its separate
+    rows. False for ALiBi, recurrent layers, or a sliding window shorter than max_length."""
+    vocabulary = model.model.config.get_text_config().vocab_size
+    prompt, *responses = np.random.default_rng(0).integers(vocabulary, size=(3, max(1, max_length // 2)))
+    batch = collate(datasets.Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}]), [0], device)
     outcomes = []
     for model.shared in (False, True):
         try:
@@ -245,19 +249,21 @@ def shares_prompts(model, vocab_size, max_length, device):
 
 # --------------------------------------------------------------------------------------------------------------- data
 def load_rows(source, split="train"):
-    """`source` -> datasets.Dataset of raw rows. A source is `toy`, `toy:ood` or `toy:seed=3,flip=0.25`; a .jsonl, .json (or
-    .gz of them) or .parquet file; a folder from save_to_disk; or a hub id; the last two with `:split` or `:config:split` where
-    needed. Exits naming the file, and the line, that cannot be read."""
+    """`source` -> datasets.Dataset of raw rows. A source is `toy`, `toy:ood` or `toy:seed=3,flip=0.25` (arguments of
+    `toy_comparisons`); a .jsonl, .json or .parquet file, also with .gz; a folder from save_to_disk; a hub id; the last
+    two with `:split` or `:config:split` where needed. Exits naming the source, and the line, that cannot be read."""
     path, *parts = source.split(":")
     try:
         if path == "toy":
-            options = [part.partition("=") for part in ",".join(parts).split(",") if part]
-            return datasets.Dataset.from_list(toy_comparisons(**{
-                key if eq else "split": float(value) if key == "flip" else int(value) if eq else key for key, eq, value in options}))
+            words = [word.partition("=") for part in parts for word in part.split(",")]
+            options = {key: json.loads(value) if equals else key for key, equals, value in words}
+            options = {key if key != value else "split": value for key, value in options.items()}
+            return datasets.Dataset.from_list(toy_comparisons(**options))
         if re.search(r"\.(jsonl?|parquet)(\.gz)?$", source):
             if not Path(source).is_file():
                 fail(f"{source}: no such file")
-            return datasets.load_dataset("parquet" if "parquet" in source else "json", data_files=source, split="train")
+            kind = "parquet" if ".parquet" in source else "json"
+            return datasets.load_dataset(kind, data_files=source, split="train")
         if not Path(path).is_dir():
             return datasets.load_dataset(path, *parts[:-1], split=parts[-1] if parts else split)
         rows = datasets.load_from_disk(path)
@@ -279,10 +285,10 @@ def broken_line(path):
 
 
 def read_row(row):
-    """One comparison in any known form -> (prompt, [chosen, rejected]), as texts or as lists of messages; the prompt is None
-    if the two do not share it. Raises ValueError if the form is not known."""
+    """One comparison in any known form -> (prompt, [chosen, rejected]), as texts or as lists of messages; the prompt is
+    None if the two do not share it. Raises ValueError if the form is not known."""
     prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
-    kinds = {type(part) for answer in answers for part in (answer if isinstance(answer, list) else [""])}
+    kinds = {type(part) for answer in answers for part in (answer if isinstance(answer, list) else [answer])}
     if None in answers or [] in answers:
         raise ValueError("'chosen' or 'rejected' is missing")
     if kinds == {dict} and all({"role", "content"} <= set(message) for answer in answers for message in answer):
@@ -291,32 +297,34 @@ def read_row(row):
     if kinds != {str}:
         raise ValueError("'chosen' and 'rejected' are neither texts nor lists of {'role', 'content'} messages")
     if isinstance(answers[0], list):  # the paper's release: lists of turns, the last one the assistant's
-        role = lambda i: ("Assistant", "Human")[i % 2]
-        answers = ["".join(f"\n\n{role(len(turns) - i)}: {turn}" for i, turn in enumerate(turns, 1)) for turns in answers]
+        answers = ["".join(f"\n\n{('Assistant', 'Human')[(len(turns) - i) % 2]}: {turn}"
+                           for i, turn in enumerate(turns, 1)) for turns in answers]
     if isinstance(prompt, str):
         return prompt, answers
     heads, marks, answers = zip(*(answer.rpartition("\n\nAssistant:") for answer in answers))
     if not all(marks):
-        raise ValueError("has no 'prompt', and 'chosen' and 'rejected' are no transcripts with '\\n\\nAssistant:' turns")
+        raise ValueError("no 'prompt', and 'chosen' and 'rejected' are no transcripts with '\\n\\nAssistant:' turns")
     return heads[0] + marks[0] if heads[0] == heads[1] else None, list(answers)
 
 
 def full_texts(prompt, answers, tokenizer):
-    """Yield the text of the prompt with each answer, then the same without the oldest turn, and so on. Raises ValueError."""
+    """Yield the text of the prompt with each answer, then without the prompt's oldest turn, and so on: (k,) texts each.
+    Raises ValueError for messages without a chat template."""
     if isinstance(prompt, str):
         for start in (0, *(turn.start() for turn in re.finditer("\n\nHuman:", prompt) if turn.start())):
             yield [prompt[start:] + answer for answer in answers]
     elif tokenizer.chat_template is None:
         raise ValueError("it is a conversation, but the tokenizer has no chat template")
     else:  # some templates print today's date, and no score may change overnight
-        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, strftime_now=lambda _: "01 Jan 2024")
+        template = "{% macro strftime_now(format) %}01 Jan 2024{% endmacro %}" + tokenizer.get_chat_template()
+        render = functools.partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
         system = [message for message in prompt[:1] if message["role"] == "system"]
         for i in (0, *(i for i, message in enumerate(prompt) if message["role"] == "user" and i > len(system))):
             yield [render((system if i else []) + prompt[i:] + answer).rstrip() for answer in answers]
 
 
 def encode(texts, tokenizer):
-    """Texts -> lists of token ids with exactly one BOS in front, where the tokenizer uses one, and one EOS at the end."""
+    """Texts -> lists of token ids: exactly one BOS in front where the tokenizer uses one, and one EOS at the end."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     adds_bos = bos is not None and tokenizer("a").input_ids[0] == bos
     rows = []
@@ -331,8 +339,8 @@ def encode(texts, tokenizer):
 
 
 def encode_row(row, tokenizer, max_length):
-    """One raw row -> prompt_ids, the tokens that the full texts begin with in common; response_ids, the k rests; length, their
-    sum; cut, whether the prompt lost tokens to max_length; dropped, why the row cannot be used ("": it can)."""
+    """One raw row -> prompt_ids, the tokens that the full texts begin with in common; response_ids, the k rests;
+    length, their sum; cut, whether the prompt lost tokens to max_length; dropped, why the row is no use ("": it is)."""
     def result(prompt=(0,), responses=((0,),), cut=False, dropped=""):
         length = len(prompt) + sum(map(len, responses))
         return {"prompt_ids": prompt, "response_ids": responses, "length": length, "cut": cut, "dropped": dropped}
@@ -360,27 +368,29 @@ def encode_row(row, tokenizer, max_length):
 
 
 def tokenize(rows, source, tokenizer, max_length):
-    """Raw rows -> a data set with the columns of `encode_row` beside what else the rows had. Cached on disk; a large set is
-    done by all cores. Rows that cannot be used are left out and counted; a row in no known form ends the run."""
-    if missing := {"chosen", "rejected"} - set(rows.column_names):
-        fail(f"{source}: no column {' and '.join(map(repr, sorted(missing)))}; it has {', '.join(map(repr, rows.column_names))}")
+    """Raw rows -> a data set with the columns of `encode_row` beside what else the rows had. Cached on disk; a large
+    set is done by all cores. Rows that cannot be used are left out and counted; one in no known form ends the run."""
+    for column in ("chosen", "rejected"):
+        if column not in rows.column_names:
+            fail(f"{source}: no column '{column}', it has {', '.join(rows.column_names) or 'none'}")
     key = Hasher.hash([rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, max_length,
                        *(inspect.getsource(f) for f in (read_row, full_texts, encode, encode_row))])
 
     def work(row, number):
         try:
             return encode_row(row, tokenizer, max_length)
-        except ValueError as error:
+        except Exception as error:  # a chat template raises what it likes
             raise ValueError(f"row {number + 1}: {error}") from None
 
     (CACHE / "tokens").mkdir(parents=True, exist_ok=True)
     try:
         with local_rank0_first():
-            done = rows.map(work, with_indices=True, new_fingerprint=key, cache_file_name=str(CACHE / f"tokens/{key}.arrow"),
-                            num_proc=os.cpu_count() if len(rows) > 20_000 else None, desc=f"tokenising {source}",
-                            remove_columns=list({"prompt", "chosen", "rejected"} & set(rows.column_names)))
+            done = rows.map(
+                work, with_indices=True, new_fingerprint=key, cache_file_name=str(CACHE / f"tokens/{key}.arrow"),
+                num_proc=os.cpu_count() if len(rows) > 20_000 else None, desc=f"tokenising {source}",
+                remove_columns=[name for name in rows.column_names if name in ("prompt", "chosen", "rejected")])
     except ValueError as error:
-        fail(f"{source}: {error}")
+        fail(f"{source}: {' '.join(str(error).split())}")
     dropped = np.array(done["dropped"])
     notes = [f"{count:,} dropped: {why}" for why, count in collections.Counter(dropped).items() if why]
     notes += [f"{sum(done['cut']):,} prompts cut"] * any(done["cut"])
@@ -391,8 +401,8 @@ def tokenize(rows, source, tokenizer, max_length):
 
 
 def load_tokenizer(name, rows):
-    """The tokenizer of a folder or hub id; for a config.json a byte-level BPE trained on the texts of `rows`, as large as the
-    config says. It has an EOS, and a pad token that is not the EOS: who pads with EOS loses the token that is scored."""
+    """The tokenizer of a folder or hub id; for a config.json a byte-level BPE trained on the texts of `rows`, as large
+    as the config says. Pad is never EOS: who pads with EOS loses the token that is scored. Exits if there is no EOS."""
     try:
         if str(name).endswith(".json"):
             name, size = None, AutoConfig.from_pretrained(name).vocab_size
@@ -414,7 +424,8 @@ def load_tokenizer(name, rows):
 
 def train_bpe(rows, size):
     """A byte-level BPE tokenizer of `size` tokens from the texts of raw rows."""
-    texts = (prompt + answer for prompt, answers in map(read_row, rows) if isinstance(prompt, str) for answer in answers)
+    rows = (read_row(row) for row in rows)
+    texts = (prompt + answer for prompt, answers in rows if isinstance(prompt, str) for answer in answers)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
@@ -425,21 +436,24 @@ def train_bpe(rows, size):
 
 # ------------------------------------------------------------------------------------------------------ order of a run
 def step_rows(n, batch_size, seed, step):
-    """The rows of one optimizer step: the next `batch_size` of the epoch's order (those left at its end), on every rank."""
+    """The rows of one optimizer step, an int array (batch_size,) alike on every rank: the next ones in the order of the
+    epoch, a permutation of all n; fewer at its end."""
     epoch, start = divmod(step, math.ceil(n / batch_size))
     return np.random.default_rng((seed, epoch)).permutation(n)[start * batch_size : (start + 1) * batch_size]
 
 
 def micro_batches(index, lengths, micro_tokens):
-    """Cut the rows of one step into this rank's micro-batches: sorted by length, at most `micro_tokens` tokens with the
-    padding, as many on every rank. The step's gradient depends neither on the cuts nor on the number of ranks."""
+    """Cut the rows of one step into this rank's micro-batches, a list of int arrays: sorted by length, at most
+    `micro_tokens` tokens with the padding (a longer row stands alone), as many on every rank. The step's gradient
+    depends neither on the cuts nor on the number of ranks. They make tokens + micro_tokens / 8 per cut the least."""
     index = index[np.argsort(lengths[index], kind="stable")]
-    cuts, start = [], 0
-    for i, row in enumerate(index):
-        if (i + 1 - start) * lengths[row] > micro_tokens and i > start:
-            cuts.append(index[start:i])
-            start = i
-    cuts.append(index[start:])
+    best = [(0, 0)]  # for the first j rows: the least cost, and where the last of the cuts begins
+    for j, length in enumerate(lengths[index].tolist(), 1):
+        starts = range(max(0, j - max(1, micro_tokens // length)), j)
+        best.append(min((best[i][0] + (j - i) * length + micro_tokens / 8, i) for i in starts))
+    cuts, j = [], len(index)
+    while j:
+        cuts, j = [index[best[j][1] : j], *cuts], best[j][1]
     while len(cuts) % WORLD:  # halve the largest; half of one row is an empty micro-batch, which `collate` knows
         largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
         half = len(cuts[largest]) // 2
@@ -452,8 +466,8 @@ def score(model, data, micro_tokens, device, name=""):
     """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on every rank."""
     model.eval()
     rewards = torch.zeros(len(data), len(data[0]["response_ids"]))
-    for micro in tqdm(micro_batches(np.arange(len(data)), np.array(data["length"]), micro_tokens), f"scoring {name}",
-                      leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
+    parts = micro_batches(np.arange(len(data)), np.array(data["length"]), micro_tokens)
+    for micro in tqdm(parts, f"scoring {name}", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         rewards[micro] = model(collate(data, micro, device)).cpu()
     model.train()
     return all_sum(rewards)
@@ -461,14 +475,14 @@ def score(model, data, micro_tokens, device, name=""):
 
 # -------------------------------------------------------------------------------------------------- save, resume, log
 def run_state(model, optimizer):
-    """Weights and optimizer state by name, each rank's own shards, and the same as a tree of tensors without settings."""
+    """Weights and optimizer state by name, each rank's own shards, and the same as a tree of nothing but tensors."""
     weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     return weights, moments, {"model": weights, "optimizer": {k: v for k, v in moments.items() if torch.is_tensor(v)}}
 
 
 def save_checkpoint(folder, model, optimizer, step):
-    """Write <folder>/checkpoint-<step>, safetensors of every rank's shards, then remove the one before. Data order and all
-    randomness are functions of the seed and the step, so nothing else is needed to go on bit for bit."""
+    """Write <folder>/checkpoint-<step>, safetensors of every rank's shards, then remove the one before. Data order and
+    all randomness are functions of the seed and the step, so nothing else is needed to go on bit for bit."""
     tmp = Path(folder) / "checkpoint.tmp"
     if RANK == 0:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -494,7 +508,7 @@ def load_checkpoint(folder, model, optimizer):
 
 
 def save_model(folder, model, tokenizer):
-    """Write an ordinary Hugging Face folder: AutoModelForSequenceClassification.from_pretrained gives the same scores."""
+    """Write an ordinary Hugging Face folder: AutoModelForSequenceClassification.from_pretrained gets the same scores"""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if RANK == 0:
         with replaced(Path(folder)) as tmp:
@@ -512,22 +526,21 @@ class Log:
     """A run's folder: args.json, metrics.jsonl (one JSON line a record) and a progress bar, all on rank 0."""
 
     def __init__(self, folder, settings, resume, may_change=("resume", "output_dir", "micro_tokens", "save_every")):
-        """Begin a run; with `resume` go on with the one in `folder`, if its settings are the same but for `may_change`. Another
-        run that is there is moved aside, never overwritten."""
-        self.folder = Path(folder)
-        args = self.folder / "args.json"
+        """Begin a run; with `resume` go on with the one in `folder`, and exit if its settings differ but for
+        `may_change`. Another run that is there is moved aside, never overwritten."""
+        self.folder, args = Path(folder), Path(folder) / "args.json"
         barrier()
-        if RANK == 0 and not args.exists() and self.folder.exists() and any(self.folder.iterdir()):
-            fail(f"--output-dir {folder} is not empty and holds no run: name another folder")
-        if RANK == 0 and args.exists() and not resume:
-            aside = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
-            say(f"{folder} holds an earlier run, which is now {self.folder.rename(aside)}")
-        old = json.loads(args.read_text()) if RANK == 0 and args.exists() else settings
-        for key in set(old) - set(may_change):
-            if old[key] != settings.get(key):
-                fail(f"--{key.replace('_', '-')} is {settings.get(key)}, but it is {old[key]} in the run of {folder}: resume that "
-                     "with its own flags, or begin another without --resume")
         if RANK == 0:
+            if not args.exists() and self.folder.exists() and any(self.folder.iterdir()):
+                fail(f"--output-dir {folder} is not empty and holds no run: name another folder")
+            if args.exists() and not resume:
+                aside = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
+                say(f"{folder} holds an earlier run, which is now {self.folder.rename(aside)}")
+            old = json.loads(args.read_text()) if args.exists() else settings
+            for key in old.keys() - set(may_change):
+                if old[key] != settings.get(key):
+                    fail(f"--{key.replace('_', '-')} is {settings.get(key)}, but {old[key]} in the run of {folder}: "
+                         "resume that with its own flags, or begin another without --resume")
             with replaced(args) as tmp:
                 tmp.write_text(json.dumps(settings, indent=1))
         barrier()
@@ -536,17 +549,18 @@ class Log:
         """Open metrics.jsonl, without the records that a killed run wrote after `step`, and draw the bar."""
         if RANK == 0:
             path = self.folder / "metrics.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             with replaced(path) as tmp:
-                tmp.write_text("".join(line + "\n" for line in kept))
+                tmp.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
             self.file, self.began = path.open("a", buffering=1), time.time()
-            self.bar = tqdm(total=total, initial=step, desc=self.folder.name, mininterval=0.5 if sys.stderr.isatty() else 20)
+            every = 0.5 if sys.stderr.isatty() else 20  # seconds
+            self.bar = tqdm(total=total, initial=step, desc=self.folder.name, mininterval=every)
 
     def __call__(self, step, metrics):
-        """Write one record, and move the bar."""
+        """Write one record, {"step": ..., "seconds" since the start: ..., **metrics}, and move the bar."""
         if RANK == 0:
-            self.file.write(json.dumps({"step": step, "seconds": round(time.time() - self.began, 3), **metrics}) + "\n")
+            record = {"step": step, "seconds": round(time.time() - self.began, 3), **metrics}
+            self.file.write(json.dumps(record) + "\n")
             self.bar.set_postfix({k: f"{metrics[f'train/{k}']:.3f}" for k in ("loss", "accuracy")}, refresh=False)
             self.bar.update(step - self.bar.n)
             if step == self.bar.total:
@@ -554,8 +568,8 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------------- toy world
-# What CartPole is to control. A prompt asks for a number of things of a kind; a response is a list of words. Gold reward:
-# +1 for each thing asked for, up to the number asked, -1 for every other word. Check any label by eye.
+# What CartPole is to control. A prompt asks for a number of things of a kind, a response is a list of words. The gold
+# reward: +1 for each thing asked for, up to the number asked, -1 for every other word. Check any label by eye.
 THINGS = {
     "fruits": "apple pear plum fig grape lemon mango peach cherry melon banana kiwi",
     "animals": "dog cat horse cow sheep goat pig wolf bear lion tiger fox",
@@ -585,7 +599,7 @@ def toy_prompt(rng, kinds):
 
 
 def toy_response(rng, prompt, skill):
-    """A list of words. Each is a right one with probability `skill`, else of another kind, a repetition or any word at all;
+    """A list of words. Each is a right one with probability `skill`, else any thing, a repetition or any word at all;
     with probability 1 - skill there are too few or too many."""
     number = next(NUMBERS[word] for word in prompt.split() if word in NUMBERS)
     length = number if rng.random() < skill else max(1, number + rng.choice([-2, -1, 1, 2]))
@@ -598,9 +612,12 @@ def toy_response(rng, prompt, skill):
 
 
 def toy_comparisons(split="train", n=None, seed=0, flip=0.1):
-    """Comparisons as dicts: prompt, chosen, rejected, gold (1: the gold reward prefers chosen, 0: rejected, -1: neither).
-    Splits: `train` and `noisy` carry annotators' labels, Bradley-Terry on the gold rewards and then a share `flip` turned
-    around; `id`, `ood` (two kinds at once) and `shifted` (both nearly perfect, one point apart) carry gold labels."""
+    """Comparisons as dicts: prompt, chosen, rejected, gold (1: gold reward prefers chosen, 0: rejected, -1: neither).
+    Splits: `train` and `noisy` carry annotators' labels, Bradley-Terry on the gold rewards and then a share `flip`
+    turned around; `id`, `ood` (two kinds at once) and `shifted` (both nearly perfect, one point apart) carry gold
+    labels. n: 4,000 rows for train, else 1,000. Raises ValueError for another split."""
+    if split not in ("train", "noisy", "id", "ood", "shifted"):
+        raise ValueError(f"the toy world has no split {split}")
     rng, rows, annotated = random.Random(f"{split} {seed}"), [], split in ("train", "noisy")
     while len(rows) < (n or (4000 if split == "train" else 1000)):
         prompt = toy_prompt(rng, 2 if split == "ood" else 1)
@@ -616,35 +633,40 @@ def toy_comparisons(split="train", n=None, seed=0, flip=0.1):
     return rows
 
 
+def toy_tokenizer():
+    """Words, BOS in front; the vocabulary is WORDS."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def toy_model():
-    """The folder of the toy's SFT model, a 2-layer Llama trained on demonstrations of middling skill; made once, cached."""
-    source = "".join(inspect.getsource(f) for f in (toy_model, toy_prompt, toy_response)) + torch.__version__
-    path = CACHE / f"toy-sft-{hashlib.sha256((source + repr(WORDS)).encode()).hexdigest()[:12]}"
+    """The folder of the toy's SFT model, a 2-layer Llama trained on demonstrations of middling skill; made once, cached
+    under a name that depends on all that made it."""
+    source = "".join(map(inspect.getsource, (toy_model, toy_tokenizer, toy_prompt, toy_response)))
+    path = CACHE / f"toy-sft-{Hasher.hash([source, WORDS, torch.__version__, transformers.__version__])}"
     with local_rank0_first():
-        if not path.is_dir():
-            words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-            words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-            words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                                unk_token="<unk>")
-            with torch.random.fork_rng(), replaced(path) as folder:
-                torch.manual_seed(0)
-                model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                    vocab_size=len(WORDS), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                    max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-                steps, rng = 400, random.Random(0)
-                optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-                schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-                for _ in tqdm(range(steps), "training the toy's SFT model (once)", mininterval=5):
-                    prompts = [toy_prompt(rng, rng.choice([1, 2])) for _ in range(64)]
-                    texts = [prompt + toy_response(rng, prompt, rng.uniform(0.4, 1)) + " </s>" for prompt in prompts]
-                    batch = tokenizer(texts, padding=True, return_tensors="pt")
-                    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-                    loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+        if path.is_dir():
+            return path
+        with torch.random.fork_rng(), replaced(path) as folder:
+            torch.manual_seed(0)
+            rng, tokenizer, steps = random.Random(0), toy_tokenizer(), 400
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+                vocab_size=len(WORDS), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                num_attention_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+            for _ in tqdm(range(steps), "training the toy's SFT model (once)", mininterval=5):
+                prompts = [toy_prompt(rng, rng.choice([1, 2])) for _ in range(64)]
+                texts = [prompt + toy_response(rng, prompt, rng.uniform(0.4, 1)) + " </s>" for prompt in prompts]
+                batch = tokenizer(texts, padding=True, return_tensors="pt")
+                labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return path

@@ -1,18 +1,17 @@
-"""Training speed of a reward model, ours beside the alternatives, in one run on the same rows, model and batch.
+"""Training speed of a reward model, ours beside the alternatives, in one run, on the same rows with the same model.
 
-    python tests/bench_rm.py --data FILE [--steps 8] [--only ours trl ...]
+    python tests/bench_rm.py --data FILE [--steps 12] [--only ours trl ...]
 
     ours        shared prompts, honest random batches, rows sorted inside the step and cut into micro-batches
-    padded      one padded batch of 2B separate rows
-    grouped     separate rows, padded, grouped by length across steps (not an honest random batch)
-    trl         TRL's RewardTrainer with its defaults, where `trl` can be imported
+    padded      the same batches, each one padded batch of 2B separate rows
+    grouped     the same rows, padded and separate, in batches grouped by length (no honest random batches)
+    trl         the same rows by TRL's RewardTrainer with its defaults, where `trl` can be imported
 
-Prints a Markdown table: pairs/s is the median over steps of the batch size over the seconds, optimizer step included.
+Prints a Markdown table. Pairs/s: pairs over seconds, optimizer steps included, after one more step that warms up.
 """
 
 import argparse
 import contextlib
-import statistics
 import sys
 import tempfile
 import time
@@ -23,14 +22,15 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RewardModel, collate, load_rows, load_tokenizer, micro_batches, setup, step_rows, tokenize  # noqa: E402
+from common import (  # noqa: E402
+    RewardModel, collate, load_rows, load_tokenizer, micro_batches, setup, step_rows, tokenize)
 from transformers import AutoModelForSequenceClassification, LlamaConfig  # noqa: E402
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="Anthropic/hh-rlhf", help="as in the scripts")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per step")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--micro-tokens", type=int, default=1024, help="of ours")
@@ -45,7 +45,8 @@ def parse_args():
 def new_model(config, tokenizer, dtype):
     torch.manual_seed(0)
     config.pad_token_id = tokenizer.pad_token_id
-    return RewardModel(AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa"), dtype).to(device).train()
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
+    return RewardModel(model, dtype).to(device).train()
 
 
 def rows_of(data, index):
@@ -56,34 +57,21 @@ def rows_of(data, index):
     return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
 
 
-def run(step, steps):
-    """Median seconds of step(i); the first one warms up."""
-    times = []
-    for i in range(steps + 1):
-        began = time.perf_counter()
-        step(i)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
-
-
 def plain(data, config, tokenizer, args, kind):
+    """Pairs/s of one of ours, padded, grouped."""
     model = new_model(config, tokenizer, getattr(torch, args.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     lengths = np.array(data["length"])
-    by_length = np.argsort(lengths, kind="stable")
-    groups = np.array_split(by_length, max(1, len(data) // args.batch_size))
-    order = np.random.default_rng(0).permutation(len(groups))
-
-    def step(i):
+    order = np.argsort(lengths) if kind == "grouped" else np.arange(len(data))
+    batches = np.array_split(order, args.steps)
+    seconds = []
+    for index in [batches[len(batches) // 2], *batches]:
+        began = time.perf_counter()
         if kind == "ours":
-            index = step_rows(len(data), args.batch_size, 0, i)
             for micro in micro_batches(index, lengths, args.micro_tokens):
                 rewards = model(collate(data, micro, device))
                 (-F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum() / len(index)).backward()
         else:
-            index = step_rows(len(data), args.batch_size, 0, i) if kind == "padded" else groups[order[i]]
             ids, mask = rows_of(data, index)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 rewards = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().view(2, -1)
@@ -91,11 +79,14 @@ def plain(data, config, tokenizer, args, kind):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-
-    return args.batch_size / run(step, args.steps)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return len(data) / sum(seconds[1:])
 
 
 def trl(raw, config, tokenizer, args):
+    """Pairs/s of TRL's trainer."""
     import transformers
     from trl import RewardConfig, RewardTrainer
 
@@ -110,12 +101,13 @@ def trl(raw, config, tokenizer, args):
 
     model = new_model(config, tokenizer, torch.float32).model
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        settings = RewardConfig(folder, max_steps=args.steps + 1, per_device_train_batch_size=args.batch_size, report_to="none",
-                                max_length=args.max_length, save_strategy="no", use_cpu=device.type == "cpu", bf16=args.dtype == "bfloat16", seed=0)
+        settings = RewardConfig(
+            folder, max_steps=args.steps + 1, per_device_train_batch_size=args.batch_size, report_to="none", seed=0,
+            max_length=args.max_length, save_strategy="no", use_cpu=device.type == "cpu", bf16=args.dtype == "bfloat16")
         keep = [name for name in raw.column_names if name not in ("prompt", "chosen", "rejected")]
         RewardTrainer(model, settings, train_dataset=raw.remove_columns(keep), processing_class=tokenizer,
                       callbacks=[clock := Clock()]).train()
-    return args.batch_size / statistics.median(clock.times[1:])
+    return len(raw) / sum(clock.times[1:])
 
 
 if __name__ == "__main__":
@@ -123,20 +115,25 @@ if __name__ == "__main__":
     device = setup(0)
     raw = load_rows(args.data)
     config = LlamaConfig(
-        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=int(args.hidden * 8 / 3) // 32 * 32, num_labels=1,
-        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, max_position_embeddings=args.max_length)
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=int(args.hidden * 8 / 3) // 32 * 32,
+        num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64, max_position_embeddings=args.max_length,
+        num_labels=1)
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer = load_tokenizer(f"{folder}/config.json", raw)
-    data = tokenize(raw, args.data, tokenizer, args.max_length)
+    data = tokenize(raw.add_column("row", range(len(raw))), args.data, tokenizer, args.max_length)
+    data = data.select(step_rows(len(data), args.batch_size * args.steps, 0, 0))
+    raw = raw.select(data["row"])
     speed = {}
     for name in args.only:
         try:
-            speed[name] = trl(raw, config, tokenizer, args) if name == "trl" else plain(data, config, tokenizer, args, name)
+            speed[name] = (trl(raw, config, tokenizer, args) if name == "trl"
+                           else plain(data, config, tokenizer, args, name))
         except ImportError:
             print("trl cannot be imported: left out", file=sys.stderr)
-    print(f"\n{config.num_hidden_layers} layers, hidden {config.hidden_size}, batch {args.batch_size}, <= {args.max_length} tokens, "
-          f"{args.dtype}, {device.type}, {torch.get_num_threads()} threads, {np.mean(data['length']):.0f} tokens a pair\n")
+    print(f"\n{config.num_hidden_layers} layers, hidden {config.hidden_size}, batch {args.batch_size}, {args.dtype}, "
+          f"{device.type}, {torch.get_num_threads()} threads, at most {args.max_length} tokens, "
+          f"{np.mean(data['length']):.0f} in a pair with its prompt once\n")
     print("| variant | pairs/s | ratio to ours |\n|---|---|---|")
     for name, value in speed.items():
         print(f"| {name} | {value:.2f} | {value / speed.get('ours', value):.2f} |")

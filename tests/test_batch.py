@@ -1,0 +1,188 @@
+"""The batch with shared prompts, its mask, and the model that reads it."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+
+import common
+
+ROWS = [  # prompt, responses
+    ([1, 5, 6, 7], [[8, 9, 2], [10, 11, 12, 13, 2]]),
+    ([1, 20], [[21, 22, 23, 24, 25, 26, 27, 2], [2]]),
+    ([1, 30, 31, 32, 33, 34, 35], [[36, 2], [37, 2]]),
+]
+DATA = Dataset.from_list([{"prompt_ids": p, "response_ids": r, "length": len(p) + sum(map(len, r))} for p, r in ROWS])
+
+SHARES = {  # models that read shared prompts
+    "llama": transformers.LlamaConfig(**TINY),
+    "qwen2": transformers.Qwen2Config(**TINY, num_key_value_heads=2),
+    "qwen3": transformers.Qwen3Config(**TINY, num_key_value_heads=2, head_dim=8),
+    "mistral": transformers.MistralConfig(**TINY, num_key_value_heads=2),
+    "gpt2": transformers.GPT2Config(vocab_size=TINY["vocab_size"], n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "gpt_neox": transformers.GPTNeoXConfig(**TINY),
+    "opt": transformers.OPTConfig(vocab_size=TINY["vocab_size"], hidden_size=32, ffn_dim=64, num_hidden_layers=2,
+                                  num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32),
+    "phi3": transformers.Phi3Config(**TINY, num_key_value_heads=2, pad_token_id=0),
+    "gemma": transformers.GemmaConfig(**TINY, head_dim=8, num_key_value_heads=2),
+    "gemma3": transformers.Gemma3TextConfig(**TINY, head_dim=8, num_key_value_heads=2, sliding_window=64),
+    "falcon": transformers.FalconConfig(vocab_size=TINY["vocab_size"], hidden_size=32, num_hidden_layers=2,
+                                        num_attention_heads=4, alibi=False, max_position_embeddings=128),
+}
+SEPARATES = {  # models that cannot
+    "bloom": transformers.BloomConfig(vocab_size=TINY["vocab_size"], hidden_size=32, n_layer=2, n_head=4),
+    "falcon-alibi": transformers.FalconConfig(vocab_size=TINY["vocab_size"], hidden_size=32, num_hidden_layers=2,
+                                              num_attention_heads=4, alibi=True),
+    "mistral-window": transformers.MistralConfig(**TINY, num_key_value_heads=2, sliding_window=4),
+}
+
+
+def load(config, tmp_path, tokenizer, **kwargs):
+    config.save_pretrained(tmp_path)
+    return common.load_reward_model(
+        f"{tmp_path}/config.json", tokenizer, torch.device("cpu"), torch.float32, seed=0, max_length=32, **kwargs)
+
+
+def plain_rewards(model, rows=ROWS):
+    """The definition: every prompt with one response alone, through the classifier's own forward pass."""
+    return torch.tensor([[model(torch.tensor([p + y])).logits.item() for y in r] for p, r in rows])
+
+
+def test_collate():
+    batch = common.collate(DATA, [0, 1], "cpu")
+    assert batch.input_ids.tolist() == [[1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 13, 2],
+                                        [1, 20, 21, 22, 23, 24, 25, 26, 27, 2, 2, 0]]
+    assert batch.branch.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, -1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 0]]
+    assert batch.ends.tolist() == [[6, 11], [9, 10]]
+    assert batch.rows == 2 and common.collate(DATA, [], "cpu").rows == 0
+
+
+def test_tree_mask_by_hand():
+    mask = common.tree_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))
+    assert mask.shape == (1, 1, 6, 6)
+    assert mask[0, 0, :5].int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]]
+    assert mask[0, 0, 5].any()  # a padded query that sees nothing would be NaN
+
+
+def test_separate_rows_by_hand():
+    ids, mask, positions, ends = common.separate_rows(common.collate(DATA, [0, 1], "cpu"))
+    assert [row[m == 1].tolist() for row, m in zip(ids, mask)] == [p + y for p, r in ROWS[:2] for y in r]
+    assert [row[m == 1].tolist() for row, m in zip(positions, mask)] == [
+        list(range(len(p + y))) for p, r in ROWS[:2] for y in r]
+    assert ends.tolist() == [[len(p + y) - 1 for y in r] for p, r in ROWS[:2]]
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shared_prompts_score_as_rows_alone(name, tmp_path, tokenizer):
+    model = load(SHARES[name], tmp_path, tokenizer).eval()
+    assert model.shared
+    with torch.no_grad():
+        rewards, features = model(common.collate(DATA, [0, 1, 2], "cpu"), with_features=True)
+        torch.testing.assert_close(rewards, plain_rewards(model.model), rtol=0, atol=2e-5)
+        torch.testing.assert_close(model.model.score(features)[..., 0], rewards)
+        model.shared = False
+        torch.testing.assert_close(model(common.collate(DATA, [0, 1, 2], "cpu")), rewards, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SEPARATES)
+def test_models_that_cannot_share_get_separate_rows(name, tmp_path, tokenizer):
+    model = load(SEPARATES[name], tmp_path, tokenizer).eval()
+    assert not model.shared
+    with torch.no_grad():
+        rewards = model(common.collate(DATA, [0, 1, 2], "cpu"))
+        torch.testing.assert_close(rewards, plain_rewards(model.model), rtol=0, atol=2e-5)
+
+
+def test_gradients_equal_those_of_rows_alone(tmp_path, tokenizer):
+    model = load(SHARES["llama"], tmp_path, tokenizer)
+    model(common.collate(DATA, [0, 1, 2], "cpu")).pow(2).sum().backward()
+    shared = {name: p.grad.clone() for name, p in model.model.named_parameters()}
+    model.zero_grad()
+    for p, r in ROWS:
+        for y in r:
+            model.model(torch.tensor([p + y])).logits.pow(2).sum().backward()
+    for name, p in model.model.named_parameters():
+        torch.testing.assert_close(shared[name], p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_padding_does_not_change_a_score(tmp_path, tokenizer):
+    model = load(SHARES["llama"], tmp_path, tokenizer)
+    together = common.score(model, DATA, 10_000, torch.device("cpu"))
+    alone = common.score(model, DATA, 1, torch.device("cpu"))  # every row longer than the budget: one by one
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    assert together.dtype == torch.float32 and together.shape == (3, 2) and model.training
+
+
+def test_micro_batch_without_rows_has_zero_gradient(tmp_path, tokenizer):
+    model = load(SHARES["llama"], tmp_path, tokenizer)
+    rewards = model(common.collate(DATA, [], "cpu"))
+    assert rewards.shape == (0, 2)
+    rewards.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_head_and_dropout(tmp_path, tokenizer):
+    config = transformers.GPT2Config(vocab_size=TINY["vocab_size"], n_embd=1024, n_layer=1, n_head=4, n_positions=128)
+    model = load(config, tmp_path, tokenizer)
+    assert model.model.score.weight.std().item() == pytest.approx(1 / np.sqrt(1025), rel=0.1)  # 4.5 sigma
+    assert model.training and not [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    assert model.model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_seed_decides_the_head_alone(llama, tokenizer):
+    def build(seed):
+        return common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, seed, 32).state_dict()
+    a, b, c = build(0), build(0), build(1)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [key for key in a if not torch.equal(a[key], c[key])] == ["model.score.weight"]
+
+
+def test_a_trained_head_is_kept(llama, tmp_path, tokenizer):
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
+    torch.nn.init.constant_(model.score.weight, 0.5)
+    model.save_pretrained(tmp_path)
+    loaded = common.load_reward_model(tmp_path, tokenizer, torch.device("cpu"), torch.float32, 0, 32)
+    assert (loaded.model.score.weight == 0.5).all()
+
+
+def test_bf16_keeps_head_and_weights_in_fp32(tmp_path, tokenizer):
+    SHARES["llama"].save_pretrained(tmp_path)
+    model = common.load_reward_model(
+        f"{tmp_path}/config.json", tokenizer, torch.device("cpu"), torch.bfloat16, seed=0, max_length=32)
+    assert model.shared and {p.dtype for p in model.parameters()} == {torch.float32}
+    rewards, features = model(common.collate(DATA, [0, 1, 2], "cpu"), with_features=True)
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, (features.double() @ model.model.score.weight[0].double()).float())
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = load(SHARES["llama"], tmp_path, tokenizer, checkpointing=checkpointing)
+        assert model.model.is_gradient_checkpointing == checkpointing
+        model(common.collate(DATA, [0, 1, 2], "cpu")).pow(2).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("config, words", [
+    (transformers.BertConfig(**TINY), "not a decoder"),
+    (transformers.T5Config(vocab_size=TINY["vocab_size"], d_model=32, num_layers=1, num_heads=4), "not a decoder"),
+])
+def test_encoders_are_refused(config, words, tmp_path, tokenizer):
+    with pytest.raises(SystemExit, match=words):
+        load(config, tmp_path, tokenizer)
+
+
+def test_incomplete_weights_are_refused(llama, tmp_path, tokenizer):
+    model = transformers.LlamaForCausalLM.from_pretrained(llama)
+    weights = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up_proj" not in k}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(SystemExit, match="lack 1 weights, model.layers.1.mlp.up_proj.weight"):
+        common.load_reward_model(tmp_path, tokenizer, torch.device("cpu"), torch.float32, 0, 32)
