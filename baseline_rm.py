@@ -77,6 +77,8 @@ def parse_args():
     for pair in args.eval_data:
         if "=" not in pair:
             fail(f"--eval-data {pair}: give it a name, as in test={pair}")
+    if args.epochs <= 0:
+        fail(f"--epochs {args.epochs}: train for more than none")
     if args.batch_size < 1 or args.batch_size % WORLD:
         fail(f"--batch-size {args.batch_size} cannot be divided among {WORLD} ranks")
     return args

@@ -1,0 +1,267 @@
+"""baseline_rm.py: its loss, its metrics, and whole runs of it."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, shell
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import baseline_rm
+import common
+
+
+def records(folder="runs/baseline_rm"):
+    """The run's metrics, without the clock."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def losses(folder="runs/baseline_rm"):
+    return [line["train/loss"] for line in records(folder)]
+
+
+def weights(folder="runs/baseline_rm"):
+    return load_file(Path(folder) / "model/model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------- loss and metrics
+def test_loss_closed_form():
+    rewards = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-3.0, 4.0], [200.0, -200.0], [-200.0, 200.0]], dtype=torch.float64)
+    expected = [math.log(2), math.log1p(math.exp(-2)), math.log1p(math.exp(7)), 0.0, 400.0]
+    torch.testing.assert_close(baseline_rm.preference_loss(rewards).tolist(), expected, rtol=1e-12, atol=1e-12)
+    # the centring term: (r_c + r_r)^2
+    expected = [loss + 0.5 * total**2 for loss, total in zip(expected, [0, 0, 1, 0, 0])]
+    torch.testing.assert_close(baseline_rm.preference_loss(rewards, 0.5).tolist(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_loss_gradient():
+    """dL/dr_c = -sigmoid(-margin), dL/dr_r = its negative; no margin, however bad, loses its gradient."""
+    rewards = torch.tensor([[0.3, -0.4], [-60.0, 60.0], [60.0, -60.0]], requires_grad=True)
+    baseline_rm.preference_loss(rewards).sum().backward()
+    expected = torch.sigmoid(rewards[:, 1] - rewards[:, 0])
+    torch.testing.assert_close(rewards.grad, torch.stack([-expected, expected], dim=1).detach())
+    assert rewards.grad[1, 0] == -1
+
+
+def test_metric_sums():
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
+    sums = dict(zip(baseline_rm.METRICS, baseline_rm.metric_sums(rewards).tolist()))
+    loss = math.log1p(math.exp(-1)) + math.log1p(math.exp(2)) + math.log(2)
+    assert sums.pop("loss") == pytest.approx(loss)
+    assert sums == {"accuracy": 1, "margin": -1, "tie_rate": 1, "reward_chosen": 4, "reward_rejected": 5}
+
+
+@pytest.mark.parametrize("right, n, low, high", [(80, 100, 0.7112, 0.8666), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
+def test_accuracy_interval(right, n, low, high, monkeypatch):
+    """Wilson's interval, against published values."""
+    rewards = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * (n - right))
+    monkeypatch.setattr(baseline_rm, "score", lambda *_: rewards)
+    metrics = baseline_rm.evaluate(None, {"x": range(n)}, 0, None)
+    assert metrics["eval/x/accuracy"] == right / n
+    assert metrics["eval/x/accuracy_low"] == pytest.approx(low, abs=5e-5)
+    assert metrics["eval/x/accuracy_high"] == pytest.approx(high, abs=5e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+def test_run(script):
+    out = script("baseline_rm.py", "--eval-every", 5)
+    lines = records()
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines if "eval/id/accuracy" in line] == [5, 10, 12]
+    assert {f"train/{key}" for key in (*baseline_rm.METRICS, "grad_norm", "lr")} | {"step"} == set(lines[0])
+    assert [line["train/lr"] for line in lines] == pytest.approx([1e-3 * min(1, (12 - i) / 11) for i in range(12)])
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]  # seen and even learned
+    assert "toy:n=96: 96 of 96 rows" in out and "id: accuracy " in out
+    assert json.loads(Path("runs/baseline_rm/args.json").read_text())["batch_size"] == 16
+    assert sorted(path.name for path in Path("runs/baseline_rm").iterdir()) == ["args.json", "metrics.jsonl", "model"]
+
+
+def test_saved_model_gives_the_same_scores(script):
+    script("baseline_rm.py")
+    last = records()[-1]
+    model = AutoModelForSequenceClassification.from_pretrained("runs/baseline_rm/model").eval()
+    tokenizer = AutoTokenizer.from_pretrained("runs/baseline_rm/model")
+    assert model.config.num_labels == 1 and model.config.pad_token_id != tokenizer.eos_token_id
+    rows, rewards = common.toy_comparisons("id", n=40), {}
+    for key in ("chosen", "rejected"):  # as anyone would call it: padded text, EOS at the end
+        texts = [row["prompt"] + row[key] + tokenizer.eos_token for row in rows]
+        with torch.no_grad():
+            rewards[key] = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
+        assert rewards[key].mean().item() == pytest.approx(last[f"eval/id/reward_{key}"], abs=1e-5)
+    accuracy = (rewards["chosen"] > rewards["rejected"]).double().mean().item()
+    assert accuracy == pytest.approx(last["eval/id/accuracy"])
+
+
+def test_micro_tokens_are_memory_only(script):
+    script("baseline_rm.py", "--micro-tokens", 1, "--output-dir", "one")
+    script("baseline_rm.py", "--micro-tokens", 10**6, "--output-dir", "all")
+    assert losses("one") == pytest.approx(losses("all"), rel=1e-4)
+    for a, b in zip(weights("one").values(), weights("all").values()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_same_seed_same_run(script):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        script("baseline_rm.py", "--output-dir", name, "--seed", seed)
+    assert records("a") == records("b") and losses("a") != losses("c")
+
+
+def test_center_pulls_the_rewards_to_zero(script):
+    for center in (0, 10):
+        script("baseline_rm.py", "--center", center, "--output-dir", center)
+    off, on = (abs(records(center)[-1]["eval/id/reward_chosen"] + records(center)[-1]["eval/id/reward_rejected"])
+               for center in ("0", "10"))
+    assert on < off / 2
+
+
+def test_clip(script, llama, tokenizer):
+    """A gradient far below AdamW's eps hardly moves a weight; and the norm is reported before it is cut."""
+    script("baseline_rm.py", "--clip", 1e-9, "--output-dir", "clipped")
+    script("baseline_rm.py", "--output-dir", "free")
+    assert records("clipped")[0] == records("free")[0]
+    start = common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, 0, 64).model.state_dict()
+    moved = {run: max((w - start[name]).abs().max().item() for name, w in weights(run).items()) for run in ("clipped", "free")}
+    assert moved["clipped"] < 1e-4 < 1e-3 < moved["free"]
+
+
+def test_bare_config(script, llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    out = script("baseline_rm.py", "--model", "config.json", "--epochs", 1)
+    assert "id: accuracy" in out
+    assert len(AutoTokenizer.from_pretrained("runs/baseline_rm/model")) <= 300
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+def refused(script, *flags):
+    with pytest.raises(SystemExit) as error:
+        script("baseline_rm.py", *flags)
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "none.jsonl"], "none.jsonl: no such file"),
+    (["--data", "broken.jsonl"], "broken.jsonl: line 2: JSONDecodeError"),
+    (["--data", "column.jsonl"], "column.jsonl: no column 'rejected'"),
+    (["--data", "same.jsonl"], "same.jsonl: none of 1 rows can be used"),
+    (["--data", "blank.jsonl"], "blank.jsonl: none of 1 rows can be used"),
+    (["--data", "row.jsonl"], "row.jsonl: row 2: "),
+    (["--eval-data", "toy:id"], "--eval-data toy:id: give it a name"),
+    (["--eval-data", "x=none.jsonl"], "none.jsonl: no such file"),
+    (["--batch-size", "0"], "--batch-size 0"),
+    (["--epochs", "0"], "--epochs"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--sede", "1"], "unrecognized arguments: --sede 1"),
+    (["--model", "nowhere"], "nowhere"),
+    (["--model", "encoder/config.json"], "not a decoder"),
+    (["--lr", "1e30", "--clip", "1e30"], "lower --lr"),
+    (["--output-dir", "full"], "--output-dir full is not empty"),
+])
+def test_bad_input(flags, words, script, tmp_path):
+    good = {"prompt": "\n\nHuman: name two fruits\n\nAssistant:", "chosen": " fig", "rejected": " dog"}
+    files = {
+        "broken": [good, "{"], "column": [{"chosen": "x"}], "same": [{**good, "rejected": " fig"}],
+        "blank": [{**good, "rejected": ""}], "row": [good, {**good, "chosen": None}],
+    }
+    for name, rows in files.items():
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/config.json").write_text(json.dumps(
+        {"model_type": "bert", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").write_text("mine")
+    assert words in refused(script, *flags)
+    assert (tmp_path / "full/thesis.tex").read_text() == "mine"
+
+
+def test_an_earlier_run_is_kept(script):
+    script("baseline_rm.py", "--epochs", 1)
+    first = records()
+    assert "is now runs/baseline_rm.1" in script("baseline_rm.py", "--epochs", 1, "--seed", 1)
+    refused(script, "--data", "none.jsonl")
+    refused(script, "--lr", "1e30", "--clip", "1e30")
+    assert records("runs/baseline_rm.1") == first
+
+
+def test_resume_wants_the_same_flags(script):
+    script("baseline_rm.py", "--save-every", 5)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    assert "--lr is 0.5, but 0.001" in refused(script, "--resume", "--lr", "0.5")
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+# ------------------------------------------------------------------------------------------------- processes, kill -9
+def test_two_processes_train_alike(llama, tmp_path, script):
+    script("baseline_rm.py", "--output-dir", "one")
+    process = shell(llama, "baseline_rm.py", "--output-dir", "two", ranks=2, cwd=tmp_path)
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    assert out.count("id: accuracy") == 1  # rank 0 speaks
+    for one, two in zip(records("one"), records("two")):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+    for name, tensor in weights("one").items():
+        torch.testing.assert_close(tensor, weights("two")[name], rtol=0, atol=1e-4)
+
+
+def kill_when(sign, process):
+    """kill -9 to it and, as torchrun's workers survive torchrun, to all that name the run's folder."""
+    while not sign.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # some end meanwhile
+            if str(sign.parent).encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_killed_and_resumed(ranks, llama, tmp_path):
+    """kill -9 soon after the checkpoint of step 100; resumed, it ends as if nothing had been, bit for bit."""
+    def start(folder, *more):
+        return shell(llama, "baseline_rm.py", "--epochs", 50, "--save-every", 100, "--eval-every", 0, "--output-dir",
+                     tmp_path / folder, *more, ranks=ranks, cwd=tmp_path)
+
+    _, error = (process := start("whole")).communicate()
+    assert process.returncode == 0, error
+    kill_when(tmp_path / "broken/checkpoint-100", start("broken"))
+    assert not (tmp_path / "broken/model").exists()
+    assert 100 <= len(records(tmp_path / "broken")) < 300
+    _, error = (process := start("broken", "--resume")).communicate()
+    assert process.returncode == 0, error
+    assert records(tmp_path / "broken") == records(tmp_path / "whole")
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_errors_of_a_real_process(llama, tmp_path):
+    """Exit code 1, one line, no traceback; with two ranks still one line."""
+    process = shell(llama, "baseline_rm.py", "--data", "none.jsonl", cwd=tmp_path)
+    assert process.communicate()[1] == "error: none.jsonl: no such file\n" and process.returncode == 1
+    process = shell(llama, "baseline_rm.py", "--batch-size", 15, ranks=2, cwd=tmp_path)
+    error = process.communicate()[1]
+    assert process.returncode == 1 and error.count("error: --batch-size 15 cannot be divided among 2 ranks") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- toy world
+def test_toy_world(tmp_path):
+    """The README's first command. Over seeds `id` was FIGURES: the bar is far below."""
+    subprocess.run([sys.executable, ROOT / "baseline_rm.py"], cwd=tmp_path, check=True, capture_output=True)
+    last = records(tmp_path / "runs/baseline_rm")[-1]
+    assert last["eval/id/accuracy"] > 0.8
+    assert {key.split("/")[1] for key in last if key.startswith("eval/")} == {"id", "ood", "shifted", "noisy"}
+    assert last["eval/noisy/accuracy"] < last["eval/id/accuracy"] - 0.05
