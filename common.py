@@ -70,6 +70,7 @@ def setup(seed):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
     transformers.utils.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
     if RANK or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -199,7 +200,7 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
         fail(f"--model {name}: {type(model).__name__} is not a decoder with a linear `score` head on its last token")
     if lacking := missing - {"score.weight"}:
         fail(f"--model {name}: its files lack {len(lacking)} weights, {min(lacking)} for one")
-    if missing:  # the usual head for reward models; transformers' own default is std 0.02
+    if missing:  # UNSTATED: the paper gives no init; this is the usual one (transformers' own has std 0.02)
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -273,13 +274,14 @@ def load_rows(source, split="train"):
 
 
 def broken_line(path):
-    """The number and fault of the first line of a JSON-lines file that is no JSON object, or None."""
+    """The number and fault of the first line of a JSON-lines file that is no JSON object; "no rows"; or None."""
     number = 0
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"line {number} is no JSON object"
+        return None if number else "no rows"
     except (OSError, EOFError, ValueError) as error:
         return f"line {number}: {one_line(error)}" if ".jsonl" in path else None
 
@@ -359,7 +361,9 @@ def encode_row(row, tokenizer, max_length):
     shared = len(os.path.commonprefix(ids))
     prompt, responses = ids[0][:shared], [x[shared:] for x in ids]
     surplus = len(prompt) + max(map(len, responses)) - max_length
-    if surplus > 0:  # the last turn alone is too long: it loses its oldest tokens, but not the BOS
+    # UNSTATED: the paper is silent about long rows, the authors' code skips those whose last turn alone is too long.
+    # Here that turn loses its oldest tokens, but not the BOS.
+    if surplus > 0:
         bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
         prompt = bos + prompt[len(bos) + surplus :]
         if len(prompt) == len(bos):
@@ -508,7 +512,7 @@ def load_checkpoint(folder, model, optimizer):
 
 
 def save_model(folder, model, tokenizer):
-    """Write an ordinary Hugging Face folder: AutoModelForSequenceClassification.from_pretrained gets the same scores"""
+    """Write an ordinary Hugging Face folder: plain AutoModelForSequenceClassification gets the same scores."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if RANK == 0:
         with replaced(Path(folder)) as tmp:
@@ -526,28 +530,27 @@ class Log:
     """A run's folder: args.json, metrics.jsonl (one JSON line a record) and a progress bar, all on rank 0."""
 
     def __init__(self, folder, settings, resume, may_change=("resume", "output_dir", "micro_tokens", "save_every")):
-        """Begin a run; with `resume` go on with the one in `folder`, and exit if its settings differ but for
-        `may_change`. Another run that is there is moved aside, never overwritten."""
-        self.folder, args = Path(folder), Path(folder) / "args.json"
-        barrier()
-        if RANK == 0:
-            if not args.exists() and self.folder.exists() and any(self.folder.iterdir()):
-                fail(f"--output-dir {folder} is not empty and holds no run: name another folder")
-            if args.exists() and not resume:
-                aside = next(path for path in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not path.exists())
-                say(f"{folder} holds an earlier run, which is now {self.folder.rename(aside)}")
-            old = json.loads(args.read_text()) if args.exists() else settings
-            for key in old.keys() - set(may_change):
-                if old[key] != settings.get(key):
-                    fail(f"--{key.replace('_', '-')} is {settings.get(key)}, but {old[key]} in the run of {folder}: "
-                         "resume that with its own flags, or begin another without --resume")
-            with replaced(args) as tmp:
-                tmp.write_text(json.dumps(settings, indent=1))
-        barrier()
+        """Check, before any work is done, that a run can begin in `folder` or, with `resume`, go on there: exits if
+        that holds something else, or a run of other settings, those in `may_change` aside."""
+        self.folder, self.settings, self.args, self.resume = Path(folder), settings, Path(folder) / "args.json", resume
+        if not self.args.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            fail(f"--output-dir {folder} is not empty and holds no run: name another folder")
+        old = json.loads(self.args.read_text()) if resume and self.args.exists() else settings
+        for key in sorted(old.keys() - set(may_change)):
+            if old[key] != settings.get(key):
+                fail(f"--{key.replace('_', '-')} is {settings.get(key)}, but {old[key]} in the run of {folder}: "
+                     "resume that with its own flags, or begin another without --resume")
 
     def start(self, step, total):
-        """Open metrics.jsonl, without the records that a killed run wrote after `step`, and draw the bar."""
+        """Begin after `step` of `total` steps. Another run that is there is moved aside, never overwritten; the records
+        that a killed run wrote after `step` are written anew."""
         if RANK == 0:
+            if self.args.exists() and not self.resume:
+                names = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
+                aside = self.folder.rename(next(path for path in names if not path.exists()))
+                say(f"{self.folder} holds an earlier run, which is now {aside}")
+            with replaced(self.args) as tmp:
+                tmp.write_text(json.dumps(self.settings, indent=1))
             path = self.folder / "metrics.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             with replaced(path) as tmp:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def weights(folder="runs/baseline_rm"):
 
 # ---------------------------------------------------------------------------------------------------- loss and metrics
 def test_loss_closed_form():
-    rewards = torch.tensor([[0.0, 0.0], [1.0, -1.0], [-3.0, 4.0], [200.0, -200.0], [-200.0, 200.0]], dtype=torch.float64)
+    rewards = torch.tensor([[0, 0], [1, -1], [-3, 4], [200, -200], [-200, 200]], dtype=torch.float64)
     expected = [math.log(2), math.log1p(math.exp(-2)), math.log1p(math.exp(7)), 0.0, 400.0]
     torch.testing.assert_close(baseline_rm.preference_loss(rewards).tolist(), expected, rtol=1e-12, atol=1e-12)
     # the centring term: (r_c + r_r)^2
@@ -61,7 +62,8 @@ def test_metric_sums():
     assert sums == {"accuracy": 1, "margin": -1, "tie_rate": 1, "reward_chosen": 4, "reward_rejected": 5}
 
 
-@pytest.mark.parametrize("right, n, low, high", [(80, 100, 0.7112, 0.8666), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
+@pytest.mark.parametrize("right, n, low, high", [
+    (80, 100, 0.7112, 0.8666), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)])
 def test_accuracy_interval(right, n, low, high, monkeypatch):
     """Wilson's interval, against published values."""
     rewards = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * (n - right))
@@ -130,7 +132,8 @@ def test_clip(script, llama, tokenizer):
     script("baseline_rm.py", "--output-dir", "free")
     assert records("clipped")[0] == records("free")[0]
     start = common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, 0, 64).model.state_dict()
-    moved = {run: max((w - start[name]).abs().max().item() for name, w in weights(run).items()) for run in ("clipped", "free")}
+    moved = {run: max((w - start[name]).abs().max().item() for name, w in weights(run).items())
+             for run in ("clipped", "free")}
     assert moved["clipped"] < 1e-4 < 1e-3 < moved["free"]
 
 
@@ -188,12 +191,17 @@ def test_bad_input(flags, words, script, tmp_path):
 
 
 def test_an_earlier_run_is_kept(script):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+
     script("baseline_rm.py", "--epochs", 1)
-    first = records()
-    assert "is now runs/baseline_rm.1" in script("baseline_rm.py", "--epochs", 1, "--seed", 1)
+    before, first = files(), records()
     refused(script, "--data", "none.jsonl")
-    refused(script, "--lr", "1e30", "--clip", "1e30")
-    assert records("runs/baseline_rm.1") == first
+    assert files() == before  # a run that cannot begin touches nothing
+    assert "is now runs/baseline_rm.1" in script("baseline_rm.py", "--epochs", 1, "--seed", 1)
+    second = records()
+    refused(script, "--lr", "1e30", "--clip", "1e30")  # one that fails later has moved it aside
+    assert records("runs/baseline_rm.1") == first and records("runs/baseline_rm.2") == second
 
 
 def test_resume_wants_the_same_flags(script):
@@ -250,8 +258,10 @@ def test_killed_and_resumed(ranks, llama, tmp_path):
 
 def test_errors_of_a_real_process(llama, tmp_path):
     """Exit code 1, one line, no traceback; with two ranks still one line."""
-    process = shell(llama, "baseline_rm.py", "--data", "none.jsonl", cwd=tmp_path)
-    assert process.communicate()[1] == "error: none.jsonl: no such file\n" and process.returncode == 1
+    (tmp_path / "broken.jsonl").write_text('{"chosen": "x"}\n{"chosen": "y", "rejected"\n')
+    process = shell(llama, "baseline_rm.py", "--data", "broken.jsonl", cwd=tmp_path)
+    error = process.communicate()[1]
+    assert re.fullmatch("error: broken.jsonl: line 2: JSONDecodeError: .*\n", error) and process.returncode == 1
     process = shell(llama, "baseline_rm.py", "--batch-size", 15, ranks=2, cwd=tmp_path)
     error = process.communicate()[1]
     assert process.returncode == 1 and error.count("error: --batch-size 15 cannot be divided among 2 ranks") == 1

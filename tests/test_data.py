@@ -171,7 +171,7 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
     ("a.json", "[{", r"a.json: "),
     ("a.parquet", "no parquet", r"a.parquet: "),
     ("a.jsonl.gz", "not compressed", r"a.jsonl.gz: line 0: BadGzipFile"),
-    ("a.jsonl", "", r"a.jsonl: "),
+    ("a.jsonl", "", r"a.jsonl: no rows"),
 ])
 def test_broken_files(name, text, words, tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
