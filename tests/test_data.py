@@ -55,6 +55,8 @@ def test_release_counts_the_turns_from_the_end():
     prompt, answers = common.read_row({"chosen": turns, "rejected": [*turns[:-1], "saw"]})
     assert prompt == "\n\nHuman: name two fruits\n\nAssistant: apple\n\nHuman: name two tools\n\nAssistant:"
     assert answers == [" saw axe", " saw"]
+    prompt, _ = common.read_row({"chosen": turns[1:], "rejected": turns[1:]})  # the assistant began
+    assert prompt == "\n\nAssistant: apple\n\nHuman: name two tools\n\nAssistant:"
 
 
 @pytest.mark.parametrize("form", CHATS)
@@ -350,6 +352,7 @@ def test_toy_responses_cover_what_a_policy_can_do():
     prompt = "\n\nHuman: name three fruits\n\nAssistant:"
     responses = [common.toy_response(rng, prompt, 0.5).split() for _ in range(2000)]
     assert {len(words) for words in responses} == {1, 2, 3, 4, 5}
-    assert any(len(set(words)) < len(words) for words in responses)  # repetitions
+    repeats = sum(len(set(words)) < len(words) for words in responses) / 2000  # 0.30; without repetitions 0.02
+    assert 0.2 < repeats < 0.4
     assert set(common.WORDS[4:]) == {word for words in responses for word in words}  # any word at all
     assert common.toy_gold(prompt, common.toy_response(rng, prompt, 1.0)) == 3
