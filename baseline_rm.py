@@ -18,6 +18,7 @@ reward model agrees with them as much; what to expect of the toy world stands in
 
 import argparse
 import math
+import time
 
 import numpy as np
 import torch
@@ -74,9 +75,9 @@ def parse_args():
             setattr(args, name, toy if args.model == "toy" else paper)
     if args.eval_data is None:
         args.eval_data = EVAL_DATA.get(args.data.split(":")[0], [])
-    for pair in args.eval_data:
-        if "=" not in pair:
-            fail(f"--eval-data {pair}: give it a name, as in test={pair}")
+    names = [pair.partition("=")[0] for pair in args.eval_data if "=" in pair]
+    if len(names) < len(args.eval_data) or len(names) > len(set(names)):
+        fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
     if args.epochs <= 0:
         fail(f"--epochs {args.epochs}: train for more than none")
     if args.batch_size < 1 or args.batch_size % WORLD:
@@ -131,34 +132,38 @@ if __name__ == "__main__":
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the authors' released trainer.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
-    steps = math.ceil(math.ceil(len(train) / args.batch_size) * args.epochs)
+    per_epoch = math.ceil(len(train) / args.batch_size)
+    steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
     log.start(start, steps)
 
     for step in range(start, steps):
+        began = time.time()
         # UNSTATED: the schedule. This is the one that the paper gives for SFT: warm-up, then linearly to 0.
         lr = args.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         index = step_rows(len(train), args.batch_size, args.seed, step)
-        sums = torch.zeros(len(METRICS), dtype=torch.float64)
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         for micro in micro_batches(index, lengths, args.micro_tokens):
             rewards = model(collate(train, micro, device))  # (B, 2)
             loss = preference_loss(rewards, args.center).sum() / len(index)
             loss.backward()
-            sums += metric_sums(rewards.detach()).cpu()
+            sums += metric_sums(rewards.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
-        metrics = {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
+        metrics = {"pairs": step // per_epoch * len(train) + step % per_epoch * args.batch_size + len(index)}
+        metrics |= {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
         if not math.isfinite(metrics["train/loss"] + grad_norm):
             fail(f"step {step + 1}: the loss is {metrics['train/loss']}, the gradient's norm {grad_norm}; lower --lr "
                  f"(earlier checkpoints in {args.output_dir} are intact)")
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics |= {"train/grad_norm": grad_norm, "train/lr": lr}
+        speed = len(index) / (time.time() - began)
+        metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
         if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
             metrics |= evaluate(model, sets, args.micro_tokens, device)
         log(step + 1, metrics)

@@ -22,9 +22,9 @@ import common
 
 
 def records(folder="runs/baseline_rm"):
-    """The run's metrics, without the clock."""
+    """The run's metrics, without the clock's."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if "sec" not in key} for line in lines]
 
 
 def losses(folder="runs/baseline_rm"):
@@ -80,7 +80,8 @@ def test_run(script):
     lines = records()
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["step"] for line in lines if "eval/id/accuracy" in line] == [5, 10, 12]
-    assert {f"train/{key}" for key in (*baseline_rm.METRICS, "grad_norm", "lr")} | {"step"} == set(lines[0])
+    assert [line["pairs"] for line in lines] == list(range(16, 193, 16))
+    assert {f"train/{key}" for key in (*baseline_rm.METRICS, "grad_norm", "lr")} | {"step", "pairs"} == set(lines[0])
     assert [line["train/lr"] for line in lines] == pytest.approx([1e-3 * min(1, (12 - i) / 11) for i in range(12)])
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]  # seen and even learned
     assert "toy:n=96: 96 of 96 rows" in out and "id: accuracy " in out
@@ -189,7 +190,8 @@ def refused(script, *flags):
     (["--data", "same.jsonl"], "same.jsonl: none of 1 rows can be used"),
     (["--data", "blank.jsonl"], "blank.jsonl: none of 1 rows can be used"),
     (["--data", "row.jsonl"], "row.jsonl: row 2: "),
-    (["--eval-data", "toy:id"], "--eval-data toy:id: give it a name"),
+    (["--eval-data", "toy:id"], "--eval-data toy:id: give every set a name of its own"),
+    (["--eval-data", "x=toy:id", "x=toy:ood"], "give every set a name of its own"),
     (["--eval-data", "x=none.jsonl"], "none.jsonl: no such file"),
     (["--batch-size", "0"], "--batch-size 0"),
     (["--epochs", "0"], "--epochs"),
