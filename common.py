@@ -157,11 +157,12 @@ def separate_rows(batch):
 
 class RewardModel(nn.Module):
     """A Hugging Face sequence classifier with one label, read at each response's last token. In fp32, or in bf16 with
-    fp32 weights; `shared`: whether it reads rows as they are (see `shares_prompts`) or `separate_rows`."""
+    fp32 weights, by `ranks` ranks together. `shared`: it reads rows as they are (see `shares_prompts`), or else
+    `separate_rows`."""
 
-    def __init__(self, model, dtype=torch.float32, shared=True):
+    def __init__(self, model, dtype=torch.float32, ranks=1):
         super().__init__()
-        self.model, self.dtype, self.shared = model, dtype, shared
+        self.model, self.dtype, self.ranks, self.shared = model, dtype, ranks, True
 
     def forward(self, batch, with_features=False):
         """Batch -> rewards (B, k), fp32; with_features: also the hidden states (B, k, hidden) that the head reads."""
@@ -171,7 +172,7 @@ class RewardModel(nn.Module):
         else:
             ids, kwargs["attention_mask"], kwargs["position_ids"], ends = separate_rows(batch)
         # Several ranks get bf16 from FSDP, which casts the weights it gathers; the head is computed in fp32 either way.
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and WORLD == 1):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and self.ranks == 1):
             hidden = self.model.base_model(ids, use_cache=False, **kwargs).last_hidden_state
         row = torch.arange(len(ids), device=ids.device).view(len(ends), -1)  # (B, 1) shared, (B, k) separate
         features = hidden[row[: batch.rows], ends[: batch.rows]].float()
@@ -179,10 +180,10 @@ class RewardModel(nn.Module):
         return (rewards, features) if with_features else rewards
 
 
-def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpointing=False):
+def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpointing=False, ranks=WORLD):
     """A RewardModel from a Hugging Face folder or hub id, a language model (it gets a new head) or a reward model, or
-    from a config.json (random weights). Weights are fp32, dropout is off, ranks hold shards. Exits on anything that
-    is not a decoder with a `score` head."""
+    from a config.json (random weights). Weights are fp32, dropout is off; each rank holds a shard or, with ranks = 1,
+    a model of its own. Exits on anything that is not a decoder with a `score` head."""
     torch.manual_seed(seed)  # before the weights, so that members of an ensemble differ by their seed and nothing else
     try:
         config = AutoConfig.from_pretrained(name, num_labels=1)
@@ -208,15 +209,15 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
         part.update({"pad_token_id": tokenizer.pad_token_id, "use_cache": False})
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = shard(RewardModel(model, dtype), device).to(device).train()
+    model = shard(RewardModel(model, dtype, ranks), device).to(device).train()
     model.shared = shares_prompts(model, max_length, device)
     return model
 
 
 def shard(model, device):
     """FSDP2: split weights, gradients and optimizer state over the ranks, by decoder layer. Gradients are summed, not
-    averaged, because every loss is already divided by the global count. One process: unchanged."""
-    if WORLD > 1:
+    averaged, because every loss is already divided by the global count. A model of one rank stays as it is."""
+    if model.ranks > 1:
         mesh = init_device_mesh(device.type, (WORLD,))
         policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
         layers = [m for m in model.modules() if type(m).__name__ in (model.model._no_split_modules or ())]
@@ -372,17 +373,18 @@ def encode_row(row, tokenizer, max_length):
 
 
 def tokenize(rows, source, tokenizer, max_length):
-    """Raw rows -> a data set with the columns of `encode_row` beside what else the rows had. Cached on disk; a large
-    set is done by all cores. Rows that cannot be used are left out and counted; one in no known form ends the run."""
+    """Raw rows -> a data set with the columns of `encode_row`, `row` (the raw row's number) and what else the rows had.
+    Cached on disk; a large set is done by all cores. Rows that cannot be used are left out and counted; one in no known
+    form ends the run."""
     for column in ("chosen", "rejected"):
         if column not in rows.column_names:
             fail(f"{source}: no column '{column}', it has {', '.join(rows.column_names) or 'none'}")
     key = Hasher.hash([rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, max_length,
-                       *(inspect.getsource(f) for f in (read_row, full_texts, encode, encode_row))])
+                       *(inspect.getsource(f) for f in (tokenize, read_row, full_texts, encode, encode_row))])
 
     def work(row, number):
         try:
-            return encode_row(row, tokenizer, max_length)
+            return {**encode_row(row, tokenizer, max_length), "row": number}
         except Exception as error:  # a chat template raises what it likes
             raise ValueError(f"row {number + 1}: {error}") from None
 
@@ -446,7 +448,7 @@ def step_rows(n, batch_size, seed, step):
     return np.random.default_rng((seed, epoch)).permutation(n)[start * batch_size : (start + 1) * batch_size]
 
 
-def micro_batches(index, lengths, micro_tokens):
+def micro_batches(index, lengths, micro_tokens, ranks=WORLD):
     """Cut the rows of one step into this rank's micro-batches, a list of int arrays: sorted by length, at most
     `micro_tokens` tokens with the padding (a longer row stands alone), as many on every rank. The step's gradient
     depends neither on the cuts nor on the number of ranks. They make tokens + micro_tokens / 8 per cut the least."""
@@ -458,23 +460,23 @@ def micro_batches(index, lengths, micro_tokens):
     cuts, j = [], len(index)
     while j:
         cuts, j = [index[best[j][1] : j], *cuts], best[j][1]
-    while len(cuts) % WORLD:  # halve the largest; half of one row is an empty micro-batch, which `collate` knows
+    while len(cuts) % ranks:  # halve the largest; half of one row is an empty micro-batch, which `collate` knows
         largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
         half = len(cuts[largest]) // 2
         cuts[largest : largest + 1] = [cuts[largest][:half], cuts[largest][half:]]
-    return cuts[RANK::WORLD]
+    return cuts[RANK % ranks :: ranks]
 
 
 @torch.no_grad()
 def score(model, data, micro_tokens, device, name=""):
-    """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on every rank."""
+    """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on all ranks of the model."""
     model.eval()
     rewards = torch.zeros(len(data), len(data[0]["response_ids"]))
-    parts = micro_batches(np.arange(len(data)), np.array(data["length"]), micro_tokens)
+    parts = micro_batches(np.arange(len(data)), np.array(data["length"]), micro_tokens, model.ranks)
     for micro in tqdm(parts, f"scoring {name}", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         rewards[micro] = model(collate(data, micro, device)).cpu()
     model.train()
-    return all_sum(rewards)
+    return all_sum(rewards) if model.ranks > 1 else rewards
 
 
 # -------------------------------------------------------------------------------------------------- save, resume, log
@@ -557,7 +559,7 @@ class Log:
                 tmp.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
             self.file, self.began = path.open("a", buffering=1), time.time()
             every = 0.5 if sys.stderr.isatty() else 20  # seconds
-            self.bar = tqdm(total=total, initial=step, desc=self.folder.name, mininterval=every)
+            self.bar = tqdm(total=total, initial=step, desc=self.folder.name, mininterval=every, disable=step == total)
 
     def __call__(self, step, metrics):
         """Write one record, {"step": ..., "seconds" since the start: ..., **metrics}, and move the bar."""

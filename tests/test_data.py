@@ -201,7 +201,7 @@ def test_missing_sources(source, words, tmp_path, monkeypatch):
 def test_tokenize_counts_what_it_drops(tokenizer, capsys):
     good, same = FORMS["explicit"], {**FORMS["explicit"], "rejected": " apple pear"}
     data = common.tokenize(Dataset.from_list([same, good, {**good, "rejected": " "}, same, good]), "x", tokenizer, 7)
-    assert len(data) == 2 and data["dropped"] == ["", ""]
+    assert data["row"] == [1, 4] and data["dropped"] == ["", ""]
     assert capsys.readouterr().out == (
         "x: 2 of 5 rows; 2 dropped: identical responses; 1 dropped: empty response; 2 prompts cut\n")
 
@@ -284,11 +284,10 @@ def test_each_epoch_is_a_permutation():
 def test_micro_batches(world, budget, monkeypatch):
     lengths = np.random.default_rng(0).integers(1, 60, 200)
     index = np.random.default_rng(1).permutation(200)[:21]
-    monkeypatch.setattr(common, "WORLD", world)
     ranks = []
     for rank in range(world):
         monkeypatch.setattr(common, "RANK", rank)
-        ranks.append(common.micro_batches(index, lengths, budget))
+        ranks.append(common.micro_batches(index, lengths, budget, world))
     assert len({len(cuts) for cuts in ranks}) == 1  # FSDP needs as many forward passes on every rank
     assert sorted(np.concatenate([cut for cuts in ranks for cut in cuts])) == sorted(index)
     for cut in (cut for cuts in ranks for cut in cuts if len(cut) > 1):
