@@ -21,10 +21,13 @@ import baseline_rm
 import common
 
 
+CLOCK = "seconds", "train/pairs_per_sec"
+
+
 def records(folder="runs/baseline_rm"):
     """The run's metrics, without the clock's."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "sec" not in key} for line in lines]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 def losses(folder="runs/baseline_rm"):
