@@ -10,6 +10,7 @@ One structure serves all of them: a prompt with k responses (a comparison has k 
 
 import atexit
 import collections
+import datetime
 import functools
 import gzip
 import hashlib
@@ -24,7 +25,7 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +52,10 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "secre
 
 # ---------------------------------------------------------------------------------------------------------- processes
 def fail(message):
-    """End the run: one line on stderr (one for each machine), exit code 1, no traceback."""
-    raise SystemExit(1 if LOCAL_RANK else f"error: {message}")
+    """End the run: one line on stderr, exit code 1, no traceback."""
+    if LOCAL_RANK:  # mostly all ranks fail alike: let the first of the machine speak, torchrun then ends the others
+        time.sleep(10)
+    raise SystemExit(f"error: {message}")
 
 
 def one_line(error):
@@ -67,7 +70,8 @@ def setup(seed):
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        waits = datetime.timedelta(hours=3)  # for the rank that tokenises, say
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waits)
         atexit.register(dist.destroy_process_group)
     transformers.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
@@ -105,9 +109,8 @@ def all_sum(tensor):
 @contextmanager
 def replaced(path):
     """Write a file or folder under a temporary name; it gets its own when complete: no kill leaves half of it."""
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")  # somebody may write the same cache
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(tmp, ignore_errors=True)
     yield tmp
     shutil.rmtree(path, ignore_errors=True)
     tmp.replace(path)
@@ -199,6 +202,9 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
         fail(f"--model {name}: {one_line(error)}")
     if config.is_encoder_decoder or not isinstance(getattr(model, "score", None), nn.Linear):
         fail(f"--model {name}: {type(model).__name__} is not a decoder with a linear `score` head on its last token")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or max_length
+    if positions < max_length:
+        fail(f"--max-length {max_length} is more than the {positions:,} positions of --model {name}")
     if lacking := missing - {"score.weight"}:
         fail(f"--model {name}: its files lack {len(lacking)} weights, {min(lacking)} for one")
     if missing:  # UNSTATED: the paper gives no init; this is the usual one (transformers' own has std 0.02)
@@ -208,7 +214,7 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
     for part in (model.config, model.config.get_text_config()):
         part.update({"pad_token_id": tokenizer.pad_token_id, "use_cache": False})
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model = shard(RewardModel(model, dtype, ranks), device).to(device).train()
     model.shared = shares_prompts(model, max_length, device)
     return model
@@ -257,9 +263,10 @@ def load_rows(source, split="train"):
     path, *parts = source.split(":")
     try:
         if path == "toy":
-            words = [word.partition("=") for part in parts for word in part.split(",")]
-            options = {key: json.loads(value) if equals else key for key, equals, value in words}
-            options = {key if key != value else "split": value for key, value in options.items()}
+            options = {}
+            for word in re.split("[:,]", source)[1:]:
+                key, equals, value = word.partition("=")
+                options |= {key: json.loads(value)} if equals else {"split": word}
             return datasets.Dataset.from_list(toy_comparisons(**options))
         if re.search(r"\.(jsonl?|parquet)(\.gz)?$", source):
             if not Path(source).is_file():
@@ -295,10 +302,14 @@ def read_row(row):
     if None in answers or [] in answers:
         raise ValueError("'chosen' or 'rejected' is missing")
     if kinds == {dict} and all({"role", "content"} <= set(message) for answer in answers for message in answer):
-        heads = [(prompt if isinstance(prompt, list) else []) + answer[:-1] for answer in answers]
+        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+        answers = [answer if answer[: len(before)] == before else before + answer for answer in answers]
+        if any(answer[-1]["role"] != "assistant" or not isinstance(answer[-1]["content"], str) for answer in answers):
+            raise ValueError("'chosen' or 'rejected' does not end with a text of the assistant's")
+        heads = [answer[:-1] for answer in answers]
         return heads[0] if heads[0] == heads[1] else None, [answer[-1:] for answer in answers]
-    if kinds != {str}:
-        raise ValueError("'chosen' and 'rejected' are neither texts nor lists of {'role', 'content'} messages")
+    if kinds != {str} or isinstance(prompt, list):
+        raise ValueError("'chosen' and 'rejected' are neither texts nor, like 'prompt', lists of {'role', 'content'}")
     if isinstance(answers[0], list):  # the paper's release: lists of turns, the last one the assistant's
         answers = ["".join(f"\n\n{('Assistant', 'Human')[(len(turns) - i) % 2]}: {turn}"
                            for i, turn in enumerate(turns, 1)) for turns in answers]
@@ -365,7 +376,7 @@ def encode_row(row, tokenizer, max_length):
     # UNSTATED: the paper is silent about long rows, the authors' code skips those whose last turn alone is too long.
     # Here that turn loses its oldest tokens, but not the BOS.
     if surplus > 0:
-        bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+        bos = prompt[:1] if prompt[:1] == [tokenizer.bos_token_id] else []
         prompt = bos + prompt[len(bos) + surplus :]
         if len(prompt) == len(bos):
             return result(dropped="nothing left of the prompt in --max-length")
@@ -379,8 +390,9 @@ def tokenize(rows, source, tokenizer, max_length):
     for column in ("chosen", "rejected"):
         if column not in rows.column_names:
             fail(f"{source}: no column '{column}', it has {', '.join(rows.column_names) or 'none'}")
-    key = Hasher.hash([rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, max_length,
-                       *(inspect.getsource(f) for f in (tokenize, read_row, full_texts, encode, encode_row))])
+    code = [inspect.getsource(function) for function in (tokenize, read_row, full_texts, encode, encode_row)]
+    key = Hasher.hash([code, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map,
+                       tokenizer.chat_template, max_length])
 
     def work(row, number):
         try:
@@ -430,11 +442,15 @@ def load_tokenizer(name, rows):
 
 def train_bpe(rows, size):
     """A byte-level BPE tokenizer of `size` tokens from the texts of raw rows."""
-    rows = (read_row(row) for row in rows)
-    texts = (prompt + answer for prompt, answers in rows if isinstance(prompt, str) for answer in answers)
+    def texts():
+        for row in rows:
+            with suppress(ValueError, KeyError):  # `tokenize` reports them, with their number
+                prompt, answers = read_row(row)
+                yield from (prompt + answer for answer in answers if isinstance(prompt, str))
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+    tokenizer.train_from_iterator(texts(), trainers.BpeTrainer(
         vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
@@ -502,9 +518,12 @@ def save_checkpoint(folder, model, optimizer, step):
 
 
 def load_checkpoint(folder, model, optimizer):
-    """Load the newest complete checkpoint, written by any number of ranks; return its step, 0 if there is none."""
+    """Load the newest complete checkpoint, written by any number of ranks; return its step, 0 if there is none. Exits
+    if the ranks do not see the same one."""
     names = (path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*"))
     step = max((int(name) for name in names if name.isdigit()), default=0)
+    if all_sum(torch.tensor(step)) != step * WORLD:
+        fail(f"--output-dir {folder} is not the same on all machines: put it on a disk that they share")
     if step:
         weights, moments, tensors = run_state(model, optimizer)
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(Path(folder) / f"checkpoint-{step}"))
@@ -537,7 +556,7 @@ class Log:
         self.folder, self.settings, self.args, self.resume = Path(folder), settings, Path(folder) / "args.json", resume
         if not self.args.exists() and self.folder.exists() and any(self.folder.iterdir()):
             fail(f"--output-dir {folder} is not empty and holds no run: name another folder")
-        old = json.loads(self.args.read_text()) if resume and self.args.exists() else settings
+        old = json.loads(self.args.read_text()) if resume and self.args.exists() else {}
         for key in sorted(old.keys() - set(may_change)):
             if old[key] != settings.get(key):
                 fail(f"--{key.replace('_', '-')} is {settings.get(key)}, but {old[key]} in the run of {folder}: "
@@ -553,6 +572,8 @@ class Log:
                 say(f"{self.folder} holds an earlier run, which is now {aside}")
             with replaced(self.args) as tmp:
                 tmp.write_text(json.dumps(self.settings, indent=1))
+            if self.resume:
+                say(f"{self.folder}: going on after step {step} of {total}")
             path = self.folder / "metrics.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             with replaced(path) as tmp:

@@ -100,8 +100,8 @@ def parse_args():
     names = [pair.partition("=")[0] for pair in args.eval_data if "=" in pair]
     if len(names) < len(args.eval_data) or len(names) > len(set(names)):
         fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
-    if args.epochs <= 0:
-        fail(f"--epochs {args.epochs}: train for more than none")
+    if not 0 < args.epochs < math.inf or not args.clip > 0:
+        fail(f"--epochs {args.epochs} --clip {args.clip}: both are above 0")
     if args.batch_size < 1 or args.batch_size % WORLD:
         fail(f"--batch-size {args.batch_size} cannot be divided among {WORLD} ranks")
     for name, most in (("drop", 1), ("flip", 1), ("smoothing", 1), ("noise_rate", 0.4999), ("soft_targets", math.inf)):
@@ -271,6 +271,6 @@ if __name__ == "__main__":
             save_checkpoint(args.output_dir, model, optimizer, step + 1)
 
     save_model(f"{args.output_dir}/model", model, tokenizer)
-    for name in sets:
-        say("{}: accuracy {:.3f} ({:.3f} to {:.3f})".format(name, *(metrics[f"eval/{name}/{key}"] for key in (
-            "accuracy", "accuracy_low", "accuracy_high"))))
+    for key in sets:
+        say("{}: accuracy {accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})".format(
+            key, **{name.removeprefix(f"eval/{key}/"): value for name, value in metrics.items()}))

@@ -84,8 +84,8 @@ def parse_args():
     names = [pair.partition("=")[0] for pair in args.eval_data if "=" in pair] + ["train"]
     if len(names) <= len(args.eval_data) or len(names) > len(set(names)):
         fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
-    if args.epochs <= 0:
-        fail(f"--epochs {args.epochs}: train for more than none")
+    if not 0 < args.epochs < math.inf or not args.clip > 0:
+        fail(f"--epochs {args.epochs} --clip {args.clip}: both are above 0")
     if args.batch_size < 1 or args.shard and args.batch_size % WORLD:
         fail(f"--batch-size {args.batch_size} cannot be divided among {WORLD} ranks")
     if args.members < 1:

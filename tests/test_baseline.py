@@ -197,7 +197,12 @@ def refused(script, *flags):
     (["--eval-data", "x=toy:id", "x=toy:ood"], "give every set a name of its own"),
     (["--eval-data", "x=none.jsonl"], "none.jsonl: no such file"),
     (["--batch-size", "0"], "--batch-size 0"),
-    (["--epochs", "0"], "--epochs"),
+    (["--epochs", "0"], "--epochs 0.0"),
+    (["--epochs", "nan"], "--epochs nan"),
+    (["--clip", "0"], "--clip 0.0"),
+    (["--max-length", "129"], "--max-length 129 is more than the 128 positions of --model"),
+    (["--data", "column.jsonl", "--model", "bare.json"], "column.jsonl: no column 'rejected'"),
+    (["--data", "row.jsonl", "--model", "bare.json"], "row.jsonl: row 2: "),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--sede", "1"], "unrecognized arguments: --sede 1"),
     (["--model", "nowhere"], "nowhere"),
@@ -217,6 +222,7 @@ def test_bad_input(flags, words, script, tmp_path):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder/config.json").write_text(json.dumps(
         {"model_type": "bert", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}))
+    (tmp_path / "bare.json").write_text('{"model_type": "llama", "vocab_size": 300}')
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("mine")
     assert words in refused(script, *flags)

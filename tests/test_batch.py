@@ -164,7 +164,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
     gradients = []
     for checkpointing in (False, True):
         model = load(SHARES["llama"], tmp_path, tokenizer, checkpointing=checkpointing)
-        assert model.model.is_gradient_checkpointing == checkpointing
+        assert model.model.is_activation_checkpointing == checkpointing
         model(common.collate(DATA, [0, 1, 2], "cpu")).pow(2).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):

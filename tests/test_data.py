@@ -22,6 +22,9 @@ USER, GOOD, BAD = ({"role": role, "content": content} for role, content in (
 CHATS = {
     "implicit": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "explicit": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    "explicit and whole": {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "text": {"prompt": USER["content"], "chosen": [GOOD], "rejected": [BAD]},
+    "text and whole": {"prompt": USER["content"], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
 }
 TEMPLATE = ("{{ bos_token }}{{ strftime_now('%d %b %Y') }} "
             "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{{ eos_token }}\n")
@@ -104,6 +107,9 @@ def test_rows_of_no_use(row, why, tokenizer):
     ({"chosen": "dog", "rejected": "cat"}, "no 'prompt'"),
     ({"chosen": 1.0, "rejected": 2.0}, "neither texts nor"),
     ({"chosen": [{"from": "x"}], "rejected": [{"from": "y"}]}, "neither texts nor"),
+    ({"prompt": [USER], "chosen": "dog", "rejected": "cat"}, "neither texts nor"),
+    ({"chosen": [USER, {**GOOD, "content": None}], "rejected": [USER, BAD]}, "not end with a text of the assistant"),
+    ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD, USER]}, "not end with a text of the assistant"),
 ])
 def test_rows_in_no_known_form(row, words, tokenizer):
     with pytest.raises(ValueError, match=words):
@@ -132,6 +138,16 @@ def test_whole_turns_go_first(tokenizer):
     assert words(tokenizer, cut["prompt_ids"]) == (
         "<s> Human: name three tools Assistant: saw drill axe Human: name two fruits Assistant:") and cut["cut"]
     assert cut["response_ids"] == full["response_ids"]
+
+
+def test_prompts_without_a_token(tokenizer):
+    row = {"prompt": "", "chosen": " dog", "rejected": " cat"}
+    assert encode(row, tokenizer)["prompt_ids"] == [tokenizer.bos_token_id]
+    plain = common.toy_tokenizer()
+    plain = type(plain)(tokenizer_object=plain.backend_tokenizer, eos_token="</s>", unk_token="<unk>")
+    plain.backend_tokenizer.post_processor = None
+    assert encode(row, plain)["prompt_ids"] == []
+    assert encode({**row, "chosen": " dog" * 9}, plain, 8)["dropped"] == "nothing left of the prompt in --max-length"
 
 
 def test_then_the_oldest_tokens_of_the_last_turn(tokenizer):
@@ -220,7 +236,10 @@ def test_tokenize_is_cached(tokenizer, monkeypatch):
     monkeypatch.setattr(Dataset, "_map_single", lambda *a, **k: calls.append(1) or work(*a, **k))
     assert tokenize(64) == first and not calls
     tokenize(63)
-    assert calls  # another length is another entry
+    assert len(calls) == 1  # another length is another entry
+    other = common.toy_tokenizer()
+    other.eos_token = "<unk>"
+    assert common.tokenize(common.load_rows("toy:n=20,seed=77"), "toy", other, 64)[0]["response_ids"][0][-1] == 3
 
 
 @pytest.mark.parametrize("rows, words", [
