@@ -84,8 +84,10 @@ def parse_args():
     names = [pair.partition("=")[0] for pair in args.eval_data if "=" in pair] + ["train"]
     if len(names) <= len(args.eval_data) or len(names) > len(set(names)):
         fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
-    if not 0 < args.epochs < math.inf or not args.clip > 0:
-        fail(f"--epochs {args.epochs} --clip {args.clip}: both are above 0")
+    if not (0 < args.epochs < math.inf and 0 < args.lr < math.inf and 0 < args.clip and 0 <= args.warmup <= 1):
+        fail("--epochs, --lr and --clip are above 0, --warmup is between 0 and 1")
+    if args.seed < 0:
+        fail("--seed is 0 or more")
     if args.batch_size < 1 or args.shard and args.batch_size % WORLD:
         fail(f"--batch-size {args.batch_size} cannot be divided among {WORLD} ranks")
     if args.members < 1:

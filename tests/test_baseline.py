@@ -197,9 +197,13 @@ def refused(script, *flags):
     (["--eval-data", "x=toy:id", "x=toy:ood"], "give every set a name of its own"),
     (["--eval-data", "x=none.jsonl"], "none.jsonl: no such file"),
     (["--batch-size", "0"], "--batch-size 0"),
-    (["--epochs", "0"], "--epochs 0.0"),
-    (["--epochs", "nan"], "--epochs nan"),
-    (["--clip", "0"], "--clip 0.0"),
+    (["--epochs", "0"], "--epochs, --lr and --clip are above 0"),
+    (["--epochs", "nan"], "--epochs, --lr and --clip are above 0"),
+    (["--clip", "0"], "--epochs, --lr and --clip are above 0"),
+    (["--lr", "-1"], "--epochs, --lr and --clip are above 0"),
+    (["--warmup", "2"], "--warmup is between 0 and 1"),
+    (["--seed", "-1"], "--seed, --eval-every and --save-every are 0 or more"),
+    (["--save-every", "-1"], "--seed, --eval-every and --save-every are 0 or more"),
     (["--max-length", "129"], "--max-length 129 is more than the 128 positions of --model"),
     (["--data", "column.jsonl", "--model", "bare.json"], "column.jsonl: no column 'rejected'"),
     (["--data", "row.jsonl", "--model", "bare.json"], "row.jsonl: row 2: "),
@@ -258,6 +262,16 @@ def test_resume_wants_the_same_flags(script):
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
 
 
+def test_a_folder_of_the_users_stays(script):
+    """Only complete checkpoints make way for the next one."""
+    script("baseline_rm.py", "--save-every", 5)
+    assert [path.name for path in Path("runs/baseline_rm").glob("checkpoint-*")] == ["checkpoint-10"]
+    Path("runs/baseline_rm/checkpoint-10").rename("runs/baseline_rm/checkpoint-best")
+    script("baseline_rm.py", "--save-every", 5, "--resume")
+    names = {path.name for path in Path("runs/baseline_rm").glob("checkpoint-*")}
+    assert names == {"checkpoint-best", "checkpoint-10"}
+
+
 # ------------------------------------------------------------------------------------------------- processes, kill -9
 def test_two_processes_train_alike(llama, tmp_path, script):
     script("baseline_rm.py", "--output-dir", "one")
@@ -309,6 +323,12 @@ def test_errors_of_a_real_process(llama, tmp_path):
     process = shell(llama, "baseline_rm.py", "--data", "broken.jsonl", cwd=tmp_path)
     error = process.communicate()[1]
     assert re.fullmatch("error: broken.jsonl: line 2: JSONDecodeError: .*\n", error) and process.returncode == 1
+    process = shell(llama, "baseline_rm.py", "--epochs", 1000, cwd=tmp_path)
+    while not (tmp_path / "runs/baseline_rm/metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert "error: interrupted\n" in error and "Traceback" not in error and process.returncode == 1
     process = shell(llama, "baseline_rm.py", "--batch-size", 15, ranks=2, cwd=tmp_path)
     error = process.communicate()[1]
     assert process.returncode == 1 and error.count("error: --batch-size 15 cannot be divided among 2 ranks") == 1

@@ -14,6 +14,7 @@ PROMPT = "\n\nHuman: name two fruits\n\nAssistant:"
 FORMS = {  # the same comparison in every form
     "transcripts": {"chosen": PROMPT + " apple pear", "rejected": PROMPT + " dog"},
     "explicit": {"prompt": PROMPT, "chosen": " apple pear", "rejected": " dog"},
+    "explicit and whole": {"prompt": PROMPT, "chosen": PROMPT + " apple pear", "rejected": PROMPT + " dog"},
     "release": {"chosen": ["name two fruits", "apple pear"], "rejected": ["name two fruits", "dog"],
                 "mean preference difference": 0.5, "GPT4 label": 1},
 }
@@ -108,6 +109,7 @@ def test_rows_of_no_use(row, why, tokenizer):
     ({"chosen": 1.0, "rejected": 2.0}, "neither texts nor"),
     ({"chosen": [{"from": "x"}], "rejected": [{"from": "y"}]}, "neither texts nor"),
     ({"prompt": [USER], "chosen": "dog", "rejected": "cat"}, "neither texts nor"),
+    ({"prompt": "name two fruits", **FORMS["release"]}, "neither texts nor"),
     ({"chosen": [USER, {**GOOD, "content": None}], "rejected": [USER, BAD]}, "not end with a text of the assistant"),
     ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD, USER]}, "not end with a text of the assistant"),
 ])
@@ -181,6 +183,7 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
     assert len(common.load_rows("two", "test")) == len(common.load_rows("two:test")) == 1
     assert common.load_rows("toy:ood,seed=3,n=7").to_list() == common.toy_comparisons("ood", n=7, seed=3)
     assert common.load_rows("toy:n=7,flip=0.25").to_list() == common.toy_comparisons(n=7, flip=0.25)
+    assert common.load_rows("toy:n=7", "test").to_list() == common.toy_comparisons("id", n=7)
 
 
 @pytest.mark.parametrize("name, text, words", [
@@ -246,6 +249,7 @@ def test_tokenize_is_cached(tokenizer, monkeypatch):
     ([{"chosen": "x", "reject": "y"}], r"x: no column 'rejected', it has chosen, reject"),
     ([FORMS["explicit"], {"prompt": None, "chosen": "dog", "rejected": "cat"}], r"x: row 2: no 'prompt'"),
     ([{**FORMS["explicit"], "rejected": " apple pear"}] * 3, r"x: none of 3 rows can be used"),
+    ([{"prompt": "Why is that?", "chosen": " dog", "rejected": " cat"}], r"x: the tokenizer knows less than half"),
 ])
 def test_tokenize_refuses(rows, words, tokenizer):
     with pytest.raises(SystemExit, match=words):
