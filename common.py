@@ -73,7 +73,8 @@ def setup(seed):
     if WORLD > 1:
         waits = datetime.timedelta(hours=3)  # for the rank that tokenises, say
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waits)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(time.sleep, 0.5)  # gloo's threads still drop tensors, and need Python for it: pytorch #190489
+        atexit.register(dist.destroy_process_group)  # runs first
     transformers.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are raised as well
     if RANK or not sys.stderr.isatty():

@@ -8,9 +8,11 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import ROOT, shell
@@ -133,6 +135,19 @@ def test_saved_model_gives_the_same_scores(script):
         assert rewards[key].mean().item() == pytest.approx(last[f"eval/id/reward_{key}"], abs=1e-5)
     accuracy = (rewards["chosen"] > rewards["rejected"]).double().mean().item()
     assert accuracy == pytest.approx(last["eval/id/accuracy"])
+
+
+def test_the_readmes_way_to_score(script, tokenizer, capsys):
+    script("baseline_rm.py")
+    [block] = re.findall(r"(?:^    .*\n)*    print\(model.*\n", (ROOT / "README.md").read_text(), re.MULTILINE)
+    capsys.readouterr()
+    exec(textwrap.dedent(block), {})
+    cpu, row = torch.device("cpu"), {"prompt": "\n\nHuman: name two fruits\n\nAssistant:", "chosen": " fig plum",
+                                     "rejected": " dog"}
+    printed = float(capsys.readouterr().out)
+    data = common.tokenize(datasets.Dataset.from_list([row]), "x", tokenizer, 64)
+    model = common.load_reward_model("runs/baseline_rm/model", tokenizer, cpu, torch.float32, 0, 64)
+    assert printed == pytest.approx(common.score(model, data, 64, cpu)[0, 0].item(), abs=1e-5)
 
 
 def test_micro_tokens_are_memory_only(script):
