@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from common import (
     WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    save_checkpoint, save_model, say, score, setup, step_rows, tokenize, toy_model)
+    save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -69,22 +69,7 @@ def parse_args():
         help="of the computation; weights, scores and losses are float32 always")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
     add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
-    args = parser.parse_args()
-    for name, (paper, toy) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, toy if args.model == "toy" else paper)
-    if args.eval_data is None:
-        args.eval_data = EVAL_DATA.get(args.data.split(":")[0], [])
-    names = [pair.partition("=")[0] for pair in args.eval_data if "=" in pair]
-    if len(names) < len(args.eval_data) or len(names) > len(set(names)):
-        fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
-    if not (0 < args.epochs < math.inf and 0 < args.lr < math.inf and 0 < args.clip and 0 <= args.warmup <= 1):
-        fail("--epochs, --lr and --clip are above 0, --warmup is between 0 and 1")
-    if min(args.seed, args.eval_every, args.save_every) < 0:
-        fail("--seed, --eval-every and --save-every are 0 or more")
-    if args.batch_size < 1 or args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} cannot be divided among {WORLD} ranks")
-    return args
+    return settle(parser.parse_args(), DEFAULTS, EVAL_DATA, WORLD)
 
 
 def preference_loss(rewards, center=0.0):

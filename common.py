@@ -1,5 +1,5 @@
 """What the scripts share and no reader of the papers would ask about: processes, data, the batch, the model's head,
-the order of a run, checkpoints, the log, and a toy world to try everything on. No loss, no training loop, no flag.
+the order of a run, checkpoints, the log, and a toy world to try everything on. No loss, no training loop.
 
 One structure serves all of them: a prompt with k responses (a comparison has k = 2). A row never repeats the prompt:
 
@@ -62,6 +62,27 @@ def fail(message):
 def one_line(error):
     """The message of somebody else's exception, for `fail`."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def settle(args, defaults, eval_data, ranks, taken=()):
+    """Complete parsed flags with `defaults`, {flag: (the paper's, the toy's)}, and `eval_data`, {data: its sets}; check
+    what all scripts have in common, names of sets that are `taken` included. -> args. Exits naming the flag."""
+    for name, values in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.model == "toy"])
+    if args.eval_data is None:
+        args.eval_data = eval_data.get(args.data.split(":")[0], [])
+    names = [*taken, *(pair.partition("=")[0] for pair in args.eval_data if "=" in pair)]
+    if len(set(names)) < len(taken) + len(args.eval_data):
+        fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
+    if not (0 < args.epochs < math.inf and 0 < args.lr < math.inf and 0 < args.clip and 0 <= args.warmup <= 1):
+        fail("--epochs, --lr and --clip are above 0, --warmup is between 0 and 1")
+    for name in ("seed", "eval_every", "save_every"):
+        if getattr(args, name, 0) < 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
+    if args.batch_size < 1 or args.batch_size % ranks:
+        fail(f"--batch-size {args.batch_size} cannot be divided among {ranks} ranks")
+    return args
 
 
 def setup(seed):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from common import (
     RANK, WORLD, Log, all_sum, barrier, collate, fail, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    replaced, say, score, setup, step_rows, tokenize, toy_model)
+    replaced, say, score, settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -76,20 +76,7 @@ def parse_args():
     add("--label", help=f"column with a second label or with votes [chosen, rejected, ...]; else {' or '.join(LABELS)}")
     add("--plot", action="store_true", help="draw Figs. 1 to 3 into --output-dir")
     args = parser.parse_args()
-    for name, (paper, toy) in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, toy if args.model == "toy" else paper)
-    if args.eval_data is None:
-        args.eval_data = EVAL_DATA.get(args.data.split(":")[0], [])
-    names = [pair.partition("=")[0] for pair in args.eval_data if "=" in pair] + ["train"]
-    if len(names) <= len(args.eval_data) or len(names) > len(set(names)):
-        fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
-    if not (0 < args.epochs < math.inf and 0 < args.lr < math.inf and 0 < args.clip and 0 <= args.warmup <= 1):
-        fail("--epochs, --lr and --clip are above 0, --warmup is between 0 and 1")
-    if args.seed < 0:
-        fail("--seed is 0 or more")
-    if args.batch_size < 1 or args.shard and args.batch_size % WORLD:
-        fail(f"--batch-size {args.batch_size} cannot be divided among {WORLD} ranks")
+    settle(args, DEFAULTS, EVAL_DATA, WORLD if args.shard else 1, taken=["train"])
     if args.members < 1:
         fail(f"--members {args.members}: somebody has to vote")
     if args.cross_fit < 0 or args.cross_fit == 1:
