@@ -113,7 +113,7 @@ if __name__ == "__main__":
     sources = dict(pair.split("=", 1) for pair in args.eval_data)
     sets = {key: tokenize(load_rows(source, "test"), source, tokenizer, args.max_length)
             for key, source in sources.items()}
-    lengths = np.array(train["length"])
+    lengths = np.array(train["length"][:])
     model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
                               args.gradient_checkpointing)
 

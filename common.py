@@ -153,16 +153,18 @@ class Batch(NamedTuple):
 def collate(rows, index, device):
     """The rows `index` of a tokenised data set (see `tokenize`) as one Batch, padded on the right to the longest."""
     picked = rows[index if len(index) else [0]]
-    ids, branch, positions, ends = [], [], [], []
-    for prompt, responses in zip(picked["prompt_ids"], picked["response_ids"]):
-        start, *lengths = (len(part) for part in (prompt, *responses))
-        ids.append(torch.tensor([token for part in (prompt, *responses) for token in part]))
-        branch.append(torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor([start, *lengths])))
-        positions.append(torch.cat([torch.arange(start), *(start + torch.arange(n) for n in lengths)]))
-        ends.append(start + torch.tensor(lengths).cumsum(0) - 1)
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    tensors = pad(ids), pad(branch, padding_value=-1), pad(positions), torch.stack(ends)
-    return Batch(*(x.to(device, non_blocking=True) for x in tensors), len(index))
+    parts = [[prompt, *responses] for prompt, responses in zip(picked["prompt_ids"], picked["response_ids"])]
+    sizes = np.array([[len(part) for part in row] for row in parts])  # (B, k + 1), the prompt first
+    ends, place = sizes.cumsum(1), np.arange(sizes.sum(1).max())
+    real = place < ends[:, -1:]  # (B, T)
+    ids, branch, positions = np.zeros_like(real, int), np.full_like(real, -1, int), np.zeros_like(real, int)
+    ids[real] = [token for row in parts for part in row for token in part]
+    branch[real] = np.tile(np.arange(sizes.shape[1]), len(sizes)).repeat(sizes.ravel())
+    back = ends - sizes - sizes[:, :1]  # how far a response stands behind the end of the prompt
+    back[:, 0] = 0
+    positions[real] = np.nonzero(real)[1] - back.ravel().repeat(sizes.ravel())
+    tensors = (torch.from_numpy(x).to(device, non_blocking=True) for x in (ids, branch, positions, ends[:, 1:] - 1))
+    return Batch(*tensors, len(index))
 
 
 def tree_mask(branch):
@@ -324,8 +326,10 @@ def broken_line(path):
 
 def read_row(row):
     """One comparison in any known form -> (prompt, [chosen, rejected]), as texts or as lists of messages; the prompt is
-    None if the two do not share it. Raises ValueError if the form is not known."""
-    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
+    None if the two do not share it. Or one prompt with its `responses`. Raises ValueError if the form is not known."""
+    prompt, answers = row.get("prompt"), row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+    if "responses" in row and (prompt is None or answers is None or len(answers) < 2):
+        raise ValueError("it needs a 'prompt' and two 'responses' or more")
     kinds = {type(part) for answer in answers for part in (answer if isinstance(answer, list) else [answer])}
     if None in answers or [] in answers:
         raise ValueError("'chosen' or 'rejected' is missing")
@@ -335,7 +339,7 @@ def read_row(row):
         if any(answer[-1]["role"] != "assistant" or not isinstance(answer[-1]["content"], str) for answer in answers):
             raise ValueError("'chosen' or 'rejected' does not end with a text of the assistant's")
         heads = [answer[:-1] for answer in answers]
-        return heads[0] if heads[0] == heads[1] else None, [answer[-1:] for answer in answers]
+        return heads[0] if heads.count(heads[0]) == len(heads) else None, [answer[-1:] for answer in answers]
     if kinds != {str} or isinstance(prompt, list) or prompt is not None and isinstance(answers[0], list):
         raise ValueError("'chosen' and 'rejected' are neither texts nor, like 'prompt', lists of {'role', 'content'}")
     if isinstance(answers[0], list):  # the paper's release: lists of turns, the last one the assistant's
@@ -397,7 +401,7 @@ def encode_row(row, tokenizer, max_length):
         ids = encode(texts, tokenizer)
         if max(map(len, ids)) <= max_length:
             break
-    if ids[0] == ids[1]:
+    if ids.count(ids[0]) == len(ids):
         return result(dropped="identical responses")
     shared = len(os.path.commonprefix(ids))
     prompt, responses = ids[0][:shared], [x[shared:] for x in ids]
@@ -416,7 +420,7 @@ def tokenize(rows, source, tokenizer, max_length):
     """Raw rows -> a data set with the columns of `encode_row`, `row` (the raw row's number) and what else the rows had.
     Cached on disk; a large set is done by all cores. Rows that cannot be used are left out and counted; one in no known
     form ends the run."""
-    for column in ("chosen", "rejected"):
+    for column in ("prompt", "responses") if "responses" in rows.column_names else ("chosen", "rejected"):
         if column not in rows.column_names:
             fail(f"{source}: no column '{column}', it has {', '.join(rows.column_names) or 'none'}")
     code = [inspect.getsource(function) for function in (tokenize, read_row, full_texts, encode, encode_row)]
@@ -435,12 +439,12 @@ def tokenize(rows, source, tokenizer, max_length):
             done = rows.map(
                 work, with_indices=True, new_fingerprint=key, cache_file_name=str(CACHE / f"tokens/{key}.arrow"),
                 num_proc=os.cpu_count() if len(rows) > 20_000 else None, desc=f"tokenising {source}",
-                remove_columns=[name for name in rows.column_names if name in ("prompt", "chosen", "rejected")])
+                remove_columns=list({"prompt", "chosen", "rejected", "responses"} & {*rows.column_names}))
     except ValueError as error:
         fail(f"{source}: {' '.join(str(error).split())}")
-    dropped = np.array(done["dropped"])
+    dropped, cut = np.array(done["dropped"][:]), sum(done["cut"][:])
     notes = [f"{count:,} dropped: {why}" for why, count in collections.Counter(dropped).items() if why]
-    notes += [f"{sum(done['cut']):,} prompts cut"] * any(done["cut"])
+    notes += [f"{cut:,} prompts cut"] * (cut > 0)
     say("; ".join([f"{source}: {(dropped == '').sum():,} of {len(rows):,} rows", *notes]))
     if all(dropped):
         fail(f"{source}: none of {len(rows):,} rows can be used")
@@ -521,7 +525,7 @@ def score(model, data, micro_tokens, device, name=""):
     """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on all ranks of the model."""
     model.eval()
     rewards = torch.zeros(len(data), len(data[0]["response_ids"]))
-    parts = micro_batches(np.arange(len(data)), np.array(data["length"]), micro_tokens, model.ranks)
+    parts = micro_batches(np.arange(len(data)), np.array(data["length"][:]), micro_tokens, model.ranks)
     for micro in tqdm(parts, f"scoring {name}", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         rewards[micro] = model(collate(data, micro, device)).cpu()
     model.train()

@@ -110,10 +110,10 @@ def read_strength(source, rows, index):
     if len(voted) != len(rows):
         fail(f"--strength {source} has {len(voted):,} rows, the data {len(rows):,}: let vote_strength.py vote on these")
     for name in ("chosen", "rejected"):
-        for number, (one, other) in enumerate(zip(voted[name], rows[name]), 1):
+        for number, (one, other) in enumerate(zip(voted[name][:], rows[name][:]), 1):
             if one != other:
                 fail(f"--strength {source}: row {number} is not that of the data: let vote_strength.py vote on these")
-    return np.array(voted[column], float)[index]
+    return np.array(voted[column][:], float)[index]
 
 
 def select(strength, percentiles=(0, 100), drop=0.0):
@@ -157,13 +157,13 @@ def by_label_and_strength(rewards, data, segments=20):
     segments of strength, weakest first (Figs. 27 and 28), as far as the data have them."""
     right, metrics = (rewards[:, 0] > rewards[:, 1]).numpy(), {}
     for column in [name for name in LABELS if name in data.column_names][:1]:
-        second = np.array(data[column])
+        second = np.array(data[column][:])
         if (second >= 0).any():
             metrics["accuracy_second"] = (right == second)[second >= 0].mean()
         if (second == 1).any():
             metrics["accuracy_agreeing"] = right[second == 1].mean()
     if "mean preference difference" in data.column_names and len(data) >= segments:
-        order = np.argsort(np.array(data["mean preference difference"], float), kind="stable")
+        order = np.argsort(np.array(data["mean preference difference"][:], float), kind="stable")
         for number, segment in enumerate(np.array_split(order, segments), 1):
             metrics[f"accuracy_segment_{number:02}"] = right[segment].mean()
     return metrics
@@ -202,7 +202,7 @@ if __name__ == "__main__":
     strength = np.zeros(len(train))
     if args.margin or args.flip or args.drop or args.soft_targets or args.percentiles != [0, 100] or (
             args.smoothing and args.smooth_on == "negative"):
-        strength = read_strength(args.strength, rows, np.array(train["row"]))
+        strength = read_strength(args.strength, rows, np.array(train["row"][:]))
         kept = np.flatnonzero(np.isfinite(strength))
         kept = kept[select(strength[kept], args.percentiles, args.drop)]
         if not len(kept):
@@ -213,7 +213,7 @@ if __name__ == "__main__":
                                    args.noise_rate)
     say(f"{swap.sum():,} pairs flipped, {(target != 1).sum():,} targets other than 1, mean margin {margin.mean():.3f}")
     swap, margin, target = (torch.tensor(x, device=device) for x in (swap, margin.astype("f4"), target.astype("f4")))
-    lengths = np.array(train["length"])
+    lengths = np.array(train["length"][:])
     model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
                               args.gradient_checkpointing)
 

@@ -129,7 +129,7 @@ def total_steps(n, args):
 
 def fit(name, tokenizer, data, args, seed, device, ranks, log):
     """Train one reward model, by the loop of baseline_rm.py; `log` gets the metrics of every step. -> RewardModel"""
-    lengths = np.array(data["length"])
+    lengths = np.array(data["length"][:])
     model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), seed, args.max_length,
                               args.gradient_checkpointing, ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
@@ -263,7 +263,7 @@ if __name__ == "__main__":
         members, report = [read_votes(path, sets) for path in paths], {}
         for key, rows in raw.items():
             votes = np.stack([member[key] for member in members])
-            write_back(Path(args.output_dir) / f"{key}.jsonl", rows, sets[key]["row"], votes)
+            write_back(Path(args.output_dir) / f"{key}.jsonl", rows, sets[key]["row"][:], votes)
             mean, std = strength(votes)
             label = args.label or next((label for label in LABELS if label in rows.column_names), None)
             second = second_label(sets[key][label] if label in rows.column_names else [None] * len(mean))

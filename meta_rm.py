@@ -1,0 +1,300 @@
+"""Reward modelling for a policy that moves: MetaRM keeps responses of the new policy apart, without new labels.
+
+Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), section 3.2, and Alleviating
+Shifted Distribution in Human Preference Alignment through Meta-Learning (arXiv 2405.00438).
+
+As PPO shifts the policy, its responses y_1 ... y_k to a prompt come to look alike to the reward model. How well it
+still separates them is measured without labels (Eq. 11; (k - 1) / 2k if all are equal, always below (k - 1) / k):
+
+    J(theta) = 2 / k^2  sum_{i<j} sigmoid( |r(x, y_i) - r(x, y_j)| )         averaged over a batch of the meta set
+
+Every step first climbs it, then learns from the comparisons at the point it got to (Eqs. 12 to 14):
+
+    theta'   = theta + eta grad J(theta)
+    theta   <- theta - alpha grad L(theta')                                  L: Eq. 2; through AdamW, as in the baseline
+
+To first order this is grad L + eta H_L grad J: comparisons count more if learning from them raises J as well.
+
+    torchrun meta_rm.py                                                      the toy world; responses of its SFT model
+    torchrun --nproc_per_node 8 meta_rm.py --model my-sft-model --policy my-ppo-policy           the second round
+
+Watch train/shift, how far a step climbs, beside train/update, how far AdamW then goes; and eval/meta/difference, the
+mean of |r(x, y_i) - r(x, y_j)| on meta data that was held out.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common import (
+    RANK, WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
+    micro_batches, one_line, read_row, replaced, save_checkpoint, save_model, say, score, settle, setup, step_rows,
+    tokenize, toy_model)
+
+DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
+    "data":         ("Anthropic/hh-rlhf",   "toy"),
+    "epochs":       (1.0,                   3.0),
+    "batch_size":   (32,                    32),
+    "lr":           (5e-6,                  5e-4),
+    "max_length":   (2048,                  64),
+    "micro_tokens": (8192,                  4096),
+    "eval_every":   (200,                   100),
+    "save_every":   (200,                   100),
+    "eta":          (5e-6,                  1e-2),
+    "meta_prompts": (0,                     1000),
+    "max_new_tokens": (512,                 12),
+}
+EVAL_DATA = {  # of --data, when --eval-data is not given
+    "Anthropic/hh-rlhf": ["test=Anthropic/hh-rlhf:test"],
+    "toy": ["id=toy:id", "ood=toy:ood", "shifted=toy:shifted", "noisy=toy:noisy"],
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, add = fail, parser.add_argument
+    add("--model", default="toy", help="a language or reward model: folder, hub id, or config.json (random weights)")
+    add("--tokenizer", help="folder or hub id, if not the model's; for a config.json one is trained on the data")
+    add("--data", help="toy | file (.jsonl .json .parquet .gz) | folder of save_to_disk | hub id[[:config]:split]")
+    add("--eval-data", nargs="*", metavar="NAME=SOURCE", help="named sets to evaluate on; by default those of --data")
+    add("--output-dir", default="runs/meta_rm", help="gets model/, metrics.jsonl, args.json, meta.jsonl, checkpoints")
+    add("--seed", type=int, default=0, help="of the reward head and the order of the data")
+    add("--epochs", type=float, help="passes over the data")
+    add("--batch-size", type=int, help="comparisons per optimizer step, over all ranks")
+    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--max-length", type=int, help="most tokens of a prompt with one response; prompts lose their oldest tokens")
+    add("--micro-tokens", type=int, help="most padded tokens in one forward pass: memory only, not the result")
+    add("--eval-every", type=int, help="steps between evaluations; 0: only at the end")
+    add("--save-every", type=int, help="steps between checkpoints; 0: none")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
+    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises; then it falls to 0")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
+        help="of the computation; weights, scores and losses are float32 always")
+    add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
+    add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
+    add("--eta", type=float, help="size of the ascent on J; 0: none")
+    add("--ascent", choices=["plain", "normalized"], default="plain", help="eta times the gradient, or its direction")
+    add("--update", choices=["restore", "alternate"], default="restore", help="step from theta or theta'")
+    add("--meta-data", help="rows of prompt and responses; else they are sampled from --policy")
+    add("--policy", help="language model to sample from: folder or hub id, by default --model")
+    add("--meta-prompts", type=int, help="prompts of --data to sample for; 0: all")
+    add("--meta-batch-size", type=int, default=16, help="prompts per optimizer step, over all ranks")
+    add("--responses", type=int, default=5, metavar="K", help="to sample for a prompt")
+    add("--temperature", type=float, default=1.0, help="of the sampling")
+    add("--max-new-tokens", type=int, help="most tokens of a sampled response")
+    args = settle(parser.parse_args(), DEFAULTS, EVAL_DATA, WORLD)
+    if not (0 <= args.eta < math.inf and args.temperature > 0 and args.meta_prompts >= 0 and args.max_new_tokens > 0):
+        fail("--eta and --meta-prompts are 0 or more, --temperature and --max-new-tokens above 0")
+    if args.responses < 2 or args.meta_batch_size < 1:
+        fail(f"--responses {args.responses} --meta-batch-size {args.meta_batch_size}: 2 and 1 are the least")
+    return args
+
+
+@torch.no_grad()
+def sample_responses(name, prompts, args, device):
+    """Prompts (texts or lists of messages) -> rows of prompt and responses, K of each from the policy in folder or hub
+    id `name`, the same whatever the number of ranks. Exits if it is no language model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        policy, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except Exception as error:
+        fail(f"--policy {name}: {one_line(error)}")
+    if info["missing_keys"]:
+        fail(f"--policy {name} is no language model, it has no {min(info['missing_keys'])}: name one, or --meta-data")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    policy, rows = policy.to(device).eval(), []
+    for start in tqdm(range(32 * RANK, len(prompts), 32 * WORLD), "sampling", disable=RANK > 0, leave=False):
+        chunk = prompts[start : start + 32]
+        texts = [prompt if isinstance(prompt, str) else
+                 tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in chunk]
+        batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False,
+                          add_special_tokens=isinstance(chunk[0], str)).to(device)
+        torch.manual_seed(args.seed * 1_000_003 + start)
+        # UNSTATED: the temperature; a developer says that it was somewhat raised.
+        tokens = policy.generate(**batch, do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
+                                 num_return_sequences=args.responses, max_new_tokens=args.max_new_tokens,
+                                 pad_token_id=tokenizer.pad_token_id)[:, batch.input_ids.size(1) :]
+        answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for i, prompt in enumerate(chunk):
+            mine = answers[i * args.responses : (i + 1) * args.responses]
+            if isinstance(prompt, str):  # a transcript ends where the next turn begins
+                mine = [" " + answer.split("\n\nHuman:")[0].strip() for answer in mine]
+            rows.append((start + i, {"prompt": prompt, "responses": mine}))
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, rows)
+        rows = sorted(itertools.chain(*parts), key=lambda row: row[0])
+    return [row for _, row in rows]
+
+
+def difference(rewards):
+    """Eq. 11 for each prompt: rewards (B, k) -> (B,). At equal rewards its gradient is 0."""
+    k = rewards.size(1)
+    i, j = torch.triu_indices(k, k, 1, device=rewards.device)
+    return 2 / k**2 * torch.sigmoid((rewards[:, i] - rewards[:, j]).abs()).sum(1)
+
+
+def norm(tensors):
+    """Euclidean norm of all tensors together, over the shards of all ranks."""
+    shards = (x.to_local() if WORLD > 1 else x for x in tensors)
+    return math.sqrt(all_sum(sum(torch.linalg.vector_norm(x).double() ** 2 for x in shards)).item())
+
+
+def preference_loss(rewards, center=0.0):
+    """Eq. 2 for each comparison: rewards (B, 2), chosen first -> (B,). logsigmoid, because log(sigmoid) underflows.
+    `center` adds center * (r_c + r_r)^2, which pins the mean that Eq. 2 leaves free (arXiv 2312.09244)."""
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]) + center * rewards.sum(1) ** 2
+
+
+METRICS = "loss", "accuracy", "margin", "tie_rate", "reward_chosen", "reward_rejected"
+
+
+def metric_sums(rewards):
+    """Rewards (B, 2) -> sums of METRICS over the rows, (6,). Accuracy is strict: a tie is an error, see tie_rate."""
+    margin = rewards[:, 0] - rewards[:, 1]
+    return torch.stack([-F.logsigmoid(margin), margin > 0, margin, margin == 0, *rewards.T]).double().sum(1)
+
+
+def evaluate(model, sets, micro_tokens, device):
+    """Means of METRICS on every named set, and the 95 % interval of the accuracy (Wilson's)."""
+    metrics = {}
+    for name, data in sets.items():
+        sums = metric_sums(score(model, data, micro_tokens, device, name))
+        result = dict(zip(METRICS, (sums / len(data)).tolist()))
+        p, z = result["accuracy"], 1.96**2 / len(data)
+        half = math.sqrt(z * p * (1 - p) + z**2 / 4)
+        result |= {"accuracy_low": (p + z / 2 - half) / (1 + z), "accuracy_high": (p + z / 2 + half) / (1 + z)}
+        metrics |= {f"eval/{name}/{key}": value for key, value in result.items()}
+    return metrics
+
+
+def evaluate_meta(model, held_out, micro_tokens, device):
+    """J, mean and deciles of |r_i - r_j| over the pairs of responses to a prompt, on meta data held out (Fig. 16)."""
+    rewards = score(model, held_out, micro_tokens, device, "meta data")
+    i, j = torch.triu_indices(rewards.size(1), rewards.size(1), 1)
+    gaps = (rewards[:, i] - rewards[:, j]).abs().flatten()
+    metrics = {"J": difference(rewards).mean().item(), "difference": gaps.mean().item()}
+    metrics |= {f"difference_{tenth}0": gaps.quantile(tenth / 10).item() for tenth in range(1, 10)}
+    return {f"eval/meta/{key}": value for key, value in metrics.items()}
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    device = setup(args.seed)
+    log = Log(args.output_dir, vars(args), args.resume)
+
+    # data and model
+    name = toy_model() if args.model == "toy" else args.model
+    rows = load_rows(args.data)
+    tokenizer = load_tokenizer(args.tokenizer or name, rows)
+    train = tokenize(rows, args.data, tokenizer, args.max_length)
+    sources = dict(pair.split("=", 1) for pair in args.eval_data)
+    sets = {key: tokenize(load_rows(source, "test"), source, tokenizer, args.max_length)
+            for key, source in sources.items()}
+    lengths = np.array(train["length"][:])
+
+    # the meta set: read, or sampled for prompts of the data; a tenth is held out to watch
+    if args.eta:
+        path, given = Path(args.output_dir) / "meta.jsonl", args.meta_data
+        if given is None and args.resume and path.exists():
+            given = str(path)
+        if given is None:
+            picked = np.random.default_rng((args.seed, 2)).permutation(len(train))[: args.meta_prompts or None]
+            prompts = [read_row(rows[train[int(i)]["row"]])[0] for i in picked]
+            responses = sample_responses(args.policy or name, prompts, args, device)
+        meta = tokenize(datasets.Dataset.from_list(responses) if given is None else load_rows(given),
+                        given or "sampled responses", tokenizer, args.max_length)
+        if len(counts := set(map(len, meta["response_ids"][:]))) > 1:
+            fail(f"--meta-data {given}: its rows have {min(counts)} to {max(counts)} responses, not all as many")
+        if len(meta) < 2:
+            fail(f"--meta-data {given}: two rows are the least, one is held out")
+        held_out = meta.select(range(len(meta) - max(1, len(meta) // 10), len(meta)))
+        meta = meta.select(range(len(meta) - len(held_out)))
+        meta_lengths = np.array(meta["length"][:])
+    model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
+                              args.gradient_checkpointing)
+
+    # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the authors' released trainer.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    per_epoch = math.ceil(len(train) / args.batch_size)
+    steps = math.ceil(per_epoch * args.epochs)
+    warmup = max(1, round(steps * args.warmup))
+    start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
+    log.start(start, steps)
+    if args.eta and RANK == 0 and given is None:
+        with replaced(path) as tmp:
+            tmp.write_text("".join(json.dumps(row) + "\n" for row in responses))
+
+    for step in range(start, steps):
+        began = time.time()
+        # UNSTATED: the schedule. This is the one that the paper gives for SFT: warm-up, then linearly to 0.
+        lr = args.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        if args.eta:  # climb J on a batch of the meta set, Eq. 12
+            index, climbed = step_rows(len(meta), args.meta_batch_size, args.seed, step), torch.zeros(1, device=device)
+            for micro in micro_batches(index, meta_lengths, args.micro_tokens):
+                objective = difference(model(collate(meta, micro, device))).sum() / len(index)
+                objective.backward()
+                climbed += objective.detach()
+            weights = list(model.parameters())
+            saved, slope = [w.detach().clone() for w in weights], norm([w.grad for w in weights])
+            rate = args.eta / (slope if args.ascent == "normalized" and slope else 1)
+            with torch.no_grad():
+                for w in weights:
+                    w.add_(w.grad, alpha=rate)
+            optimizer.zero_grad()
+
+        # learn from the comparisons there, Eq. 13
+        index = step_rows(len(train), args.batch_size, args.seed, step)
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        for micro in micro_batches(index, lengths, args.micro_tokens):
+            rewards = model(collate(train, micro, device))  # (B, 2)
+            loss = preference_loss(rewards, args.center).sum() / len(index)
+            loss.backward()
+            sums += metric_sums(rewards.detach())
+        if args.eta and args.update == "restore":  # exactly, and only now step, Eq. 14
+            with torch.no_grad():
+                for w, old in zip(weights, saved):
+                    w.copy_(old)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
+        metrics = {"pairs": step // per_epoch * len(train) + step % per_epoch * args.batch_size + len(index)}
+        metrics |= {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
+        if not math.isfinite(metrics["train/loss"] + grad_norm):
+            fail(f"step {step + 1}: the loss is {metrics['train/loss']}, the gradient's norm {grad_norm}; lower --eta "
+                 f"or --lr (earlier checkpoints in {args.output_dir} are intact)")
+        optimizer.step()
+        optimizer.zero_grad()
+        if args.eta:
+            metrics |= {"train/J": all_sum(climbed).item(), "train/shift": rate * slope,
+                        "train/update": norm([w.detach() - old for w, old in zip(weights, saved)])}
+
+        speed = len(index) / (time.time() - began)
+        metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
+        if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
+            metrics |= evaluate(model, sets, args.micro_tokens, device)
+            metrics |= evaluate_meta(model, held_out, args.micro_tokens, device) if args.eta else {}
+        log(step + 1, metrics)
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
+            save_checkpoint(args.output_dir, model, optimizer, step + 1)
+
+    save_model(f"{args.output_dir}/model", model, tokenizer)
+    for key in sets:
+        say("{}: accuracy {accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})".format(
+            key, **{name.removeprefix(f"eval/{key}/"): value for name, value in metrics.items()}))
