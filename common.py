@@ -521,15 +521,20 @@ def micro_batches(index, lengths, micro_tokens, ranks=WORLD):
 
 
 @torch.no_grad()
-def score(model, data, micro_tokens, device, name=""):
-    """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on all ranks of the model."""
+def score(model, data, micro_tokens, device, name="", with_features=False):
+    """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on all ranks of the model;
+    with_features: also the features (N, k, hidden) that the head reads."""
     model.eval()
-    rewards = torch.zeros(len(data), len(data[0]["response_ids"]))
+    shape = len(data), len(data[0]["response_ids"])
+    outputs = [torch.zeros(shape), torch.zeros(*shape, model.model.score.in_features if with_features else 0)]
     parts = micro_batches(np.arange(len(data)), np.array(data["length"][:]), micro_tokens, model.ranks)
     for micro in tqdm(parts, f"scoring {name}", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
-        rewards[micro] = model(collate(data, micro, device)).cpu()
+        for output, values in zip(outputs, model(collate(data, micro, device), with_features=True)):
+            if output.numel():
+                output[micro] = values.cpu()
     model.train()
-    return all_sum(rewards) if model.ranks > 1 else rewards
+    outputs = [all_sum(x) if model.ranks > 1 else x for x in outputs]
+    return outputs if with_features else outputs[0]
 
 
 # -------------------------------------------------------------------------------------------------- save, resume, log
