@@ -54,6 +54,11 @@ def test_forms_of_texts(form, tokenizer):
     assert row["length"] == 6 + 3 + 2 and not row["cut"] and row["dropped"] == ""
 
 
+def test_one_answer_that_repeats_the_prompt_is_left_alone():
+    row = {"prompt": "name", "chosen": "name two", "rejected": "dog"}
+    assert common.read_row(row) == ("name", ["name two", "dog"])
+
+
 def test_release_counts_the_turns_from_the_end():
     turns = ["name two fruits", "apple", "name two tools", "saw axe"]
     prompt, answers = common.read_row({"chosen": turns, "rejected": [*turns[:-1], "saw"]})

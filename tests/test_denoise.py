@@ -65,6 +65,9 @@ def test_smoothing_floor():
      lambda x, mu: np.where(mu < 0, 0.7 * softplus(mu - x) + 0.3 * softplus(x - mu), softplus(mu - x))),
     ({"soft_targets": 2.0},  # S3
      lambda x, mu: softplus(-x) / (1 + np.exp(-mu / 2)) + softplus(x) / (1 + np.exp(mu / 2))),
+    ({"soft_targets": 2.0, "smoothing": 0.3},
+     lambda x, mu: 0.3 * (softplus(-x) + softplus(x)) + 0.4 * (
+         softplus(-x) / (1 + np.exp(-mu / 2)) + softplus(x) / (1 + np.exp(mu / 2)))),
     ({"noise_rate": 0.2}, lambda x, mu: (0.8 * softplus(-x) - 0.2 * softplus(x)) / 0.6),
     ({"flip": 0.1}, lambda x, mu: np.where(SUSPECT, softplus(x), softplus(-x))),
     ({"flip": 0.1, "smoothing": 0.3, "smooth_on": "negative"},  # a flipped pair is no longer negative
@@ -98,20 +101,20 @@ def test_select():
 def test_accuracy_by_label_and_strength():
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     data = common.datasets.Dataset.from_dict(
-        {"gold": [1, 0, 0, 1, -1], "mean preference difference": [0.1, -0.2, 0.3, 0.0, 0.2]})
+        {"gold": [1, 0, 0, 0, -1], "mean preference difference": [0.1, -0.2, 0.3, 0.0, 0.2]})
     assert denoise_rm.by_label_and_strength(rewards, data, segments=5) == {
-        "accuracy_second": 0.5, "accuracy_agreeing": 0.5, "accuracy_segment_01": 0, "accuracy_segment_02": 0,
+        "accuracy_second": 0.75, "accuracy_agreeing": 1, "accuracy_segment_01": 0, "accuracy_segment_02": 0,
         "accuracy_segment_03": 1, "accuracy_segment_04": 0, "accuracy_segment_05": 1}
 
 
 # --------------------------------------------------------------------------------------------------------------- runs
 @pytest.fixture
 def voted(tmp_path):
-    """The rows of the small runs with strengths: right where gold says so; the last row has none."""
+    """The rows of the small runs with strengths: right where gold says so; the first row has none."""
     rows = common.toy_comparisons(n=96)
     for i, row in enumerate(rows):
         row["mean preference difference"] = (i + 1) / 96 if row["gold"] else -(i + 1) / 96
-    rows[-1]["mean preference difference"] = None
+    rows[0]["mean preference difference"] = None
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path, rows
@@ -129,17 +132,42 @@ def test_neutral_run_is_the_baseline_run(script):
 def test_flipping_equals_flipped_data(script, voted):
     """Flipping the pairs of negative strength is training on a file in which they stand the other way round."""
     path, rows = voted
-    share = sum(row["mean preference difference"] < 0 for row in rows[:-1]) / 95
+    share = sum(row["mean preference difference"] < 0 for row in rows[1:]) / 95
     for row in rows:
         if (row.pop("mean preference difference") or 0) < 0:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    Path("flipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    Path("flipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
     script("baseline_rm.py", "--data", "flipped.jsonl", "--output-dir", "file")
     out = script("denoise_rm.py", "--flip", share, "--strength", path, "--output-dir", "flag")
     assert "95 of 96 rows kept; 1 have no strength" in out and f"{round(share * 95)} pairs flipped" in out
     for one, other in zip(records("flag"), records("file"), strict=True):
         for key in ("train/loss", "train/accuracy", "train/grad_norm"):
             assert one[key] == pytest.approx(other[key], rel=1e-4)
+
+
+def test_every_pair_gets_its_own_margin_and_target(script, voted, llama, tokenizer):
+    """The gradient of the first step, in micro-batches, against one graph over the batch."""
+    path, rows = voted
+    script("denoise_rm.py", "--strength", path, "--margin", "--soft-targets", 1, "--flip", 0.3, "--micro-tokens", 80)
+    cpu = torch.device("cpu")
+    model = common.load_reward_model(llama, tokenizer, cpu, torch.float32, 0, 64)
+    data = common.tokenize(common.load_rows("toy:n=96"), "toy", tokenizer, 64).select(range(1, 96))
+    strength = np.array([row["mean preference difference"] for row in rows[1:]])
+    index = common.step_rows(95, 16, 0, 0)
+    swap, margin, target = (torch.tensor(x)[index] for x in denoise_rm.targets(
+        strength, flip=0.3, margin=True, soft_targets=1))
+    rewards = model(common.collate(data, index, cpu))
+    rewards = torch.where(swap[:, None], rewards.flip(1), rewards)
+    denoise_rm.preference_loss(rewards, margin, target).mean().backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    assert records("runs/denoise_rm")[0]["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_strengths_go_to_their_rows(voted):
+    path, rows = voted
+    strength = denoise_rm.read_strength(str(path), common.load_rows("toy:n=96"), np.array([0, 3, 7]))
+    expected = [math.nan, *(rows[i]["mean preference difference"] for i in (3, 7))]
+    assert np.array_equal(strength, expected, equal_nan=True)
 
 
 def test_every_option_at_once(script, voted):

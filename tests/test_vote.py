@@ -48,7 +48,7 @@ def test_rank_correlation():
     # ranks 1, 2.5, 2.5, 4 against 1, 3, 2, 4: covariance 4.5, squares 4.5 and 5
     assert vote_strength.rank_correlation(np.array([0.0, 1, 1, 2]), np.array([1.0, 3, 2, 4])) == pytest.approx(
         4.5 / math.sqrt(4.5 * 5))
-    assert vote_strength.rank_correlation(np.array([0.0, 1, 9]), np.array([0.0, 1, math.nan])) == pytest.approx(1)
+    assert vote_strength.rank_correlation(np.array([0.0, 1, 9]), np.array([math.nan, 0, 1])) == pytest.approx(1)
     assert math.isnan(vote_strength.rank_correlation(a, np.ones(5)))
 
 
@@ -110,6 +110,14 @@ def test_cross_fitting_judges_only_what_is_not_known(script):
     assert refused[0] < 0.1 and 0.3 < refused[2] < 0.7
 
 
+def test_other_sets_get_the_mean_of_the_parts(script):
+    """Models that learn nothing are all the same, so their mean is any of them."""
+    for parts in (0, 2):
+        script("vote_strength.py", "--members", 1, "--lr", "1e-30", "--clip", "1e-30", "--cross-fit", parts,
+               "--output-dir", parts)
+    np.testing.assert_allclose(members("2")[0]["id"], members("0")[0]["id"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("flags", [[], ["--shard"]])
 def test_two_processes_vote_alike(flags, llama, tmp_path, script):
     script("vote_strength.py", "--members", 2, "--output-dir", "one")
@@ -119,6 +127,11 @@ def test_two_processes_vote_alike(flags, llama, tmp_path, script):
     for one, two in zip(members("one"), members("two"), strict=True):
         for name in ("train", "id"):
             np.testing.assert_allclose(one[name], two[name], rtol=1e-3, atol=1e-4)
+    one, two = ([json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+                for run in ("one", "two"))
+    assert {line["member"] for line in two} == ({0, 1} if flags else {0})  # rank 0 writes of its own
+    assert [line["train/loss"] for line in two] == pytest.approx(
+        [line["train/loss"] for line in one[: len(two)]], rel=1e-3)
 
 
 @pytest.mark.parametrize("flags, words", [
