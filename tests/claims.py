@@ -124,6 +124,10 @@ def show(values, scale=100, digits=1, sign=""):
     return f"{scale * mean:{sign}.{digits}f} ± {scale * half:.{digits}f}"
 
 
+def spell(epochs):
+    return f"{epochs} epoch{'s' * (epochs > 1)}"
+
+
 def table(*rows):
     """A Markdown table; the first row is its head."""
     print("\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])), end="\n\n")
@@ -157,7 +161,7 @@ def tables(seeds):
 
     for epochs, names in EPOCHS.items():
         base = {noise: get(noise, f"baseline, {epochs} epochs", "id/accuracy") for noise in NOISE}
-        table([f"{epochs} epochs; labels turned around:", *(f"{noise:.0%}" for noise in sorted(NOISE))],
+        table([f"{spell(epochs)}; labels turned around:", *(f"{noise:.0%}" for noise in sorted(NOISE))],
               ["baseline", *(show(base[noise]) for noise in sorted(NOISE))],
               *([name, *(show(get(noise, f"{name}, {epochs} epochs", "id/accuracy") - base[noise], sign="+")
                          for noise in sorted(NOISE))] for name in names[1:] if (epochs, name) not in TOO_MUCH))
@@ -165,7 +169,7 @@ def tables(seeds):
     keys = "noisy/accuracy", "noisy/accuracy_second", "noisy/accuracy_agreeing", "ood/accuracy", "shifted/accuracy"
     for epochs, names in ((4, METHODS), (LONG, FIGURE_8)):
         base = {key: get(first, f"baseline, {epochs} epochs", key) for key in keys}
-        table([f"{epochs} epochs", "annotators' labels", "gold", "both agree", "ood", "shifted", "loss, annotators'"],
+        table([spell(epochs), "annotators' labels", "gold", "both agree", "ood", "shifted", "loss, annotators'"],
               *([name, *(show(get(first, f"{name}, {epochs} epochs", key) - (0 if name == "baseline" else base[key]),
                               sign="" if name == "baseline" else "+") for key in keys),
                  show(get(first, f"{name}, {epochs} epochs", "noisy/loss"), 1, 2)] for name in names))
@@ -223,7 +227,7 @@ def claims(seeds):
          - full("flip 10 %", second) + full("flip 10 %", second, LONG), points),
     ]
     for epochs in (1, 4, LONG):
-        rows += [("Fig. 8", f"gold labels, {epochs} epochs: {name} - baseline",
+        rows += [("Fig. 8", f"gold labels, {spell(epochs)}: {name} - baseline",
                   full(name, second, epochs) - full("baseline", second, epochs), points) for name in FIGURE_8[1:]]
     rows += [
         ("Fig. 8", "original labels, 4 epochs: S1 - baseline", full(FIGURE_8[4]) - full("baseline"), points),
