@@ -123,7 +123,7 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps)
+    log.start(start, steps, lengths)
 
     for step in range(start, steps):
         began = time.time()

@@ -14,6 +14,7 @@ import datetime
 import functools
 import gzip
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -45,7 +46,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast)
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "secrets-of-reward-modeling"
@@ -72,16 +74,20 @@ def settle(args, defaults, eval_data, ranks, taken=()):
             setattr(args, name, values[args.model == "toy"])
     if args.eval_data is None:
         args.eval_data = eval_data.get(args.data.split(":")[0], [])
-    names = [*taken, *(pair.partition("=")[0] for pair in args.eval_data if "=" in pair)]
+    names = [*taken, *(pair.partition("=")[0] for pair in args.eval_data if re.match(r"[^:/=]+=", pair))]
     if len(set(names)) < len(taken) + len(args.eval_data):
         fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
     if not (0 < args.epochs < math.inf and 0 < args.lr < math.inf and 0 < args.clip and 0 <= args.warmup <= 1):
         fail("--epochs, --lr and --clip are above 0, --warmup is between 0 and 1")
+    if not 0 <= getattr(args, "center", 0) < math.inf or args.micro_tokens < 1:
+        fail("--center is 0 or more, --micro-tokens 1 or more")
     for name in ("seed", "eval_every", "save_every"):
         if getattr(args, name, 0) < 0:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
     if args.batch_size < 1 or args.batch_size % ranks:
         fail(f"--batch-size {args.batch_size} cannot be divided among {ranks} ranks")
+    if getattr(args, "plot", False) and not importlib.util.find_spec("matplotlib"):
+        fail("--plot draws with matplotlib: pip install matplotlib")
     return args
 
 
@@ -91,7 +97,7 @@ def setup(seed):
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if WORLD > 1:
+    if WORLD > 1 and not dist.is_initialized():
         waits = datetime.timedelta(hours=3)  # for the rank that tokenises, say
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waits)
         atexit.register(time.sleep, 0.5)  # gloo's threads still drop tensors, and need Python for it: pytorch #190489
@@ -175,14 +181,24 @@ def tree_mask(branch):
 
 def separate_rows(batch):
     """The same batch with the prompt repeated, for models that cannot take a tree mask: ids, mask and positions
-    (B*k, T'), and where the last tokens stand, (B, k)."""
+    (B*k, T'). A token stands at the place that its position says."""
     branch = torch.arange(1, batch.ends.size(1) + 1, device=batch.branch.device)[:, None]  # (k, 1)
     keep = ((batch.branch[:, None] == 0) | (batch.branch[:, None] == branch)).flatten(0, 1)  # (B*k, T)
     # What is kept comes first, in its own order: a stable sort of "not kept".
     order = (~keep).int().argsort(dim=-1, stable=True)[:, : keep.sum(-1).max()]
     pick = lambda x: x.repeat_interleave(len(branch), 0).gather(-1, order) * keep.gather(-1, order)
-    ends = keep.sum(-1).view_as(batch.ends) - 1
-    return pick(batch.input_ids), keep.gather(-1, order).long(), pick(batch.positions), ends
+    return pick(batch.input_ids), keep.gather(-1, order).long(), pick(batch.positions)
+
+
+def response_tokens(batch):
+    """The responses of a batch token by token, (B, k, L) each, L the longest: where the token before stands, which
+    predicts it, where it stands itself, and whether it is there at all (if not, both places mean nothing)."""
+    prompt = (batch.branch == 0).sum(1, keepdim=True)  # (B, 1)
+    first = torch.cat([prompt, batch.ends[:, :-1] + 1], 1)[..., None]
+    place = torch.arange((batch.ends[..., None] - first).max() + 1, device=prompt.device) + first
+    real = place <= batch.ends[..., None]
+    before = torch.cat([prompt[..., None].expand_as(first), place[..., 1:]], -1) - 1
+    return before * real, place * real, real
 
 
 class RewardModel(nn.Module):
@@ -194,20 +210,39 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.dtype, self.ranks, self.shared = model, dtype, ranks, True
 
-    def forward(self, batch, with_features=False):
-        """Batch -> rewards (B, k), fp32; with_features: also the hidden states (B, k, hidden) that the head reads."""
-        ids, ends, kwargs = batch.input_ids, batch.ends, {"position_ids": batch.positions}
+    def hidden(self, ids, **kwargs):
+        """What is read: the last hidden states."""
+        return self.model.base_model(ids, **kwargs).last_hidden_state
+
+    def read(self, batch, places):
+        """The model at `places` (B, k) or (B, k, L) of the rows -> (rows, k, [L,] hidden), fp32."""
+        ids, kwargs, row = batch.input_ids, {"position_ids": batch.positions}, torch.arange(len(batch.ends))[:, None]
         if self.shared:
             kwargs["attention_mask"] = tree_mask(batch.branch)
         else:
-            ids, kwargs["attention_mask"], kwargs["position_ids"], ends = separate_rows(batch)
+            ids, kwargs["attention_mask"], kwargs["position_ids"] = separate_rows(batch)
+            places = batch.positions.gather(1, places.flatten(1)).view_as(places)
+            row = torch.arange(len(ids)).view(len(row), -1)
         # Several ranks get bf16 from FSDP, which casts the weights it gathers; the head is computed in fp32 either way.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and self.ranks == 1):
-            hidden = self.model.base_model(ids, use_cache=False, **kwargs).last_hidden_state
-        row = torch.arange(len(ids), device=ids.device).view(len(ends), -1)  # (B, 1) shared, (B, k) separate
-        features = hidden[row[: batch.rows], ends[: batch.rows]].float()
+            hidden = self.hidden(ids, use_cache=False, **kwargs)
+        row = row.view(row.shape + (1,) * (places.dim() - 2)).to(ids.device)
+        return hidden[row[: batch.rows], places[: batch.rows]].float()
+
+    def forward(self, batch, with_features=False, every=False):
+        """Batch -> rewards (B, k), fp32; with_features: also the hidden states (B, k, hidden) that the head reads;
+        every: a value for each token of the responses instead, read before it, (B, k, L) as in `response_tokens`."""
+        features = self.read(batch, response_tokens(batch)[0] if every else batch.ends)
         rewards = self.model.score(features).sum(-1)  # of the one label
         return (rewards, features) if with_features else rewards
+
+
+def load_config(name, **changes):
+    """The configuration of a folder or hub id, with dropout off."""
+    config = AutoConfig.from_pretrained(name, **changes)
+    for part in (config, config.get_text_config()):  # two objects where the model also reads images
+        part.update({k: 0.0 for k, v in part.to_dict().items() if "drop" in k and isinstance(v, float)})
+    return config
 
 
 def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpointing=False, ranks=WORLD):
@@ -216,9 +251,7 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
     a model of its own. Exits on anything that is not a decoder with a `score` head."""
     torch.manual_seed(seed)  # before the weights, so that members of an ensemble differ by their seed and nothing else
     try:
-        config = AutoConfig.from_pretrained(name, num_labels=1)
-        for part in (config, config.get_text_config()):  # two objects where the model also reads images
-            part.update({k: 0.0 for k, v in part.to_dict().items() if "drop" in k and isinstance(v, float)})
+        config = load_config(name, num_labels=1)
         kwargs = {"config": config, "dtype": torch.float32}
         if str(name).endswith(".json"):
             model, missing = AutoModelForSequenceClassification.from_config(**kwargs), {"score.weight"}
@@ -256,9 +289,10 @@ def shard(model, device):
         mesh = init_device_mesh(device.type, (WORLD,))
         policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
         layers = [m for m in model.modules() if type(m).__name__ in (model.model._no_split_modules or ())]
-        for module in (*layers, model.model.score, model):
+        heads = [model.model.score] if hasattr(model.model, "score") else []  # in fp32; a language model has none
+        for module in (*layers, *heads, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=True,
-                        mp_policy=MixedPrecisionPolicy() if module is model.model.score else policy)
+                        mp_policy=MixedPrecisionPolicy() if module in heads else policy)
         for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -298,7 +332,9 @@ def load_rows(source, split="train"):
                 key, equals, value = word.partition("=")
                 options |= {key: json.loads(value)} if equals else {"split": word}
             return datasets.Dataset.from_list(toy_comparisons(**options))
-        if re.search(r"\.(jsonl?|parquet)(\.gz)?$", source):
+        if re.search(r"\.(csv|tsv|txt|arrow|xlsx?|parquet\.gz|zip|zst|bz2|xz)$", source):
+            fail(f"{source}: files are .jsonl, .json, .jsonl.gz, .json.gz or .parquet")
+        if re.search(r"\.(jsonl?|parquet|gz)$", source):
             if not Path(source).is_file():
                 fail(f"{source}: no such file")
             kind = "parquet" if ".parquet" in source else "json"
@@ -416,13 +452,15 @@ def encode_row(row, tokenizer, max_length):
     return result(prompt, responses, cut=turns_lost > 0 or surplus > 0)
 
 
-def tokenize(rows, source, tokenizer, max_length):
+def tokenize(rows, source, tokenizer, max_length, wanted=("chosen", "rejected")):
     """Raw rows -> a data set with the columns of `encode_row`, `row` (the raw row's number) and what else the rows had.
-    Cached on disk; a large set is done by all cores. Rows that cannot be used are left out and counted; one in no known
-    form ends the run."""
-    for column in ("prompt", "responses") if "responses" in rows.column_names else ("chosen", "rejected"):
+    `wanted`: comparisons, or ("prompt", "responses"). Cached on disk; a large set is done by all cores. Rows that
+    cannot be used are left out and counted; one in no known form ends the run."""
+    for column in wanted:
         if column not in rows.column_names:
             fail(f"{source}: no column '{column}', it has {', '.join(rows.column_names) or 'none'}")
+    rows = rows.remove_columns([name for name in ("chosen", "rejected", "responses")
+                                if name in rows.column_names and name not in wanted])
     code = [inspect.getsource(function) for function in (tokenize, read_row, full_texts, encode, encode_row)]
     key = Hasher.hash([code, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map,
                        tokenizer.chat_template, max_length])
@@ -492,6 +530,62 @@ def train_bpe(rows, size):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
+# ------------------------------------------------------------------------------------------------------------ sampling
+def load_language_model(name, flag, dtype, tokenizer, temperature, max_new_tokens):
+    """The language model in a folder or hub id that `flag` gave, which samples from its plain softmax at a temperature,
+    whatever it came with. Exits on anything that is no language model."""
+    try:
+        config = load_config(name)
+        model, info = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+    except Exception as error:
+        fail(f"{flag} {name}: {one_line(error)}")
+    missing = [*info["missing_keys"], *(x for x in config.architectures or () if "SequenceClassification" in x)]
+    if missing:
+        fail(f"{flag} {name} is no language model: {missing[0]}")
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)  # what comes after it is cut off
+    return model
+
+
+def encode_prompts(prompts, tokenizer, longest):
+    """Prompts, texts or lists of messages -> their texts, their token ids, and how many were cut: of more than
+    `longest` tokens the BOS and the newest are kept. Exits if the tokenizer cannot put messages into words."""
+    try:
+        texts = [prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts]
+    except Exception as error:  # a chat template raises what it likes
+        fail(f"a prompt is a conversation, and the tokenizer cannot write it: {one_line(error)}")
+    ids = [x[:-1] for x in encode(texts, tokenizer)]  # without the EOS
+    heads = [x[: int(x[:1] == [tokenizer.bos_token_id])] for x in ids]
+    kept = [x if len(x) <= longest else head + x[len(x) - longest + len(head) :] for x, head in zip(ids, heads)]
+    return texts, kept, sum(len(x) > longest for x in ids)
+
+
+@torch.no_grad()
+def respond(model, prompts, k, seed, chunk, device):
+    """k responses to each prompt (token ids), sampled by what `load_language_model` gave, `chunk` prompts at a time:
+    lists of token ids up to the EOS or the longest allowed, the same on all ranks, whatever their number. `seed`: three
+    numbers that no other call has."""
+    eos, answers = model.generation_config.eos_token_id, []
+    chunks = [prompts[i : i + chunk] for i in range(0, len(prompts), chunk)]
+    calls = range(RANK, math.ceil(len(chunks) / WORLD) * WORLD, WORLD)  # as many on each rank, FSDP needs them all
+    for number in tqdm(calls, "sampling", leave=False, disable=RANK > 0 or len(calls) < 10, mininterval=1):
+        part = chunks[number % len(chunks)]
+        torch.manual_seed(int(np.random.default_rng((*seed, number)).integers(2**62)))
+        width = max(map(len, part))
+        ids = torch.tensor([[0] * (width - len(x)) + x for x in part], device=device)
+        mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in part], device=device)
+        tokens = model.generate(ids, attention_mask=mask, num_return_sequences=k)
+        tokens = [row[: (*row, eos).index(eos) + 1] for row in tokens[:, width:].tolist()]
+        answers += [(number, tokens[i : i + k]) for i in range(0, len(tokens), k)] * (number < len(chunks))
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, answers)
+        answers = sorted(itertools.chain(*parts), key=lambda answer: answer[0])
+    return [answer for _, answer in answers]
+
+
 # ------------------------------------------------------------------------------------------------------ order of a run
 def step_rows(n, batch_size, seed, step):
     """The rows of one optimizer step, an int array (batch_size,) alike on every rank: the next ones in the order of the
@@ -559,14 +653,18 @@ def save_checkpoint(folder, model, optimizer, step):
             shutil.rmtree(path)
 
 
-def load_checkpoint(folder, model, optimizer):
-    """Load the newest complete checkpoint, written by any number of ranks; return its step, 0 if there is none. Exits
-    if the ranks do not see the same one."""
+def last_checkpoint(folder):
+    """The step of the newest complete checkpoint, 0 if there is none. Exits if the ranks do not see the same one."""
     names = (path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*"))
     step = max((int(name) for name in names if name.isdigit()), default=0)
     if all_sum(torch.tensor(step)) != step * WORLD:
         fail(f"--output-dir {folder} is not the same on all machines: put it on a disk that they share")
-    if step:
+    return step
+
+
+def load_checkpoint(folder, model, optimizer):
+    """Load the newest complete checkpoint, written by any number of ranks; return its step, 0 if there is none."""
+    if step := last_checkpoint(folder):
         weights, moments, tensors = run_state(model, optimizer)
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(Path(folder) / f"checkpoint-{step}"))
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
@@ -581,6 +679,8 @@ def save_model(folder, model, tokenizer):
         with replaced(Path(folder)) as tmp:
             model.model.save_pretrained(tmp, state_dict={k.removeprefix("model."): v for k, v in weights.items()})
             tokenizer.save_pretrained(tmp)
+        say(f"saved {folder}")
+    barrier()  # now every rank may read it
 
 
 def say(text):
@@ -595,18 +695,32 @@ class Log:
     def __init__(self, folder, settings, resume, may_change=("resume", "output_dir", "micro_tokens", "save_every")):
         """Check, before any work is done, that a run can begin in `folder` or, with `resume`, go on there: exits if
         that holds something else, or a run of other settings, those in `may_change` aside."""
-        self.folder, self.settings, self.args, self.resume = Path(folder), settings, Path(folder) / "args.json", resume
+        self.folder, self.args, self.resume = Path(folder), Path(folder) / "args.json", resume
+        self.settings = {"script": Path(sys.argv[0]).name, **settings}
+        if self.folder.resolve() in Path.cwd().resolve().parents or self.folder.resolve() == Path.cwd().resolve():
+            fail(f"--output-dir {folder}: name a folder of its own")
+        for key, value in settings.items():
+            for text in value if isinstance(value, list) else [value]:
+                path = Path(str(text).partition("=")[2] or str(text)).resolve()
+                if path.exists() and self.folder.resolve() in path.parents and not resume:
+                    fail(f"--{key.replace('_', '-')} {text} lies in --output-dir {folder}, which a new run moves aside")
         if not self.args.exists() and self.folder.exists() and any(self.folder.iterdir()):
             fail(f"--output-dir {folder} is not empty and holds no run: name another folder")
-        old = json.loads(self.args.read_text()) if resume and self.args.exists() else {}
-        for key in sorted(old.keys() - set(may_change)):
-            if old[key] != settings.get(key):
-                fail(f"--{key.replace('_', '-')} is {settings.get(key)}, but {old[key]} in the run of {folder}: "
+        self.old = json.loads(self.args.read_text()) if resume and self.args.exists() else {}
+        keys = (self.old.keys() | self.settings.keys()) - {*may_change, "script", "data_hash"}
+        for key in ("script", *sorted(keys)) if self.old else ():
+            if self.old.get(key) != self.settings.get(key):
+                flag = key if key == "script" else f"--{key.replace('_', '-')}"
+                fail(f"{flag} is {self.settings.get(key)}, but {self.old.get(key)} in the run of {folder}: "
                      "resume that with its own flags, or begin another without --resume")
 
-    def start(self, step, total):
-        """Begin after `step` of `total` steps. Another run that is there is moved aside, never overwritten; the records
-        that a killed run wrote after `step` are written anew."""
+    def start(self, step, total, *data):
+        """Begin after `step` of `total` steps on `data`, arrays or tensors that must be the same when a run is resumed.
+        Another run that is there is moved aside, never overwritten; the records that a killed run wrote after `step`
+        are written anew."""
+        self.settings["data_hash"] = Hasher.hash([torch.as_tensor(values).cpu().numpy() for values in data])
+        if self.old and self.old.get("data_hash") != self.settings["data_hash"]:
+            fail(f"the data are not those of the run in {self.folder}: begin another without --resume")
         if RANK == 0:
             if self.args.exists() and not self.resume:
                 names = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
@@ -624,12 +738,14 @@ class Log:
             every = 0.5 if sys.stderr.isatty() else 20  # seconds
             self.bar = tqdm(total=total, initial=step, desc=self.folder.name, mininterval=every, disable=step == total)
 
-    def __call__(self, step, metrics):
-        """Write one record, {"step": ..., "seconds" since the start: ..., **metrics}, and move the bar."""
+    def __call__(self, step, metrics, watch=("train/loss", "train/accuracy")):
+        """Write one record, {"step": ..., "seconds" since the start: ..., **metrics}, and move the bar, which shows the
+        metrics to `watch`."""
         if RANK == 0:
             record = {"step": step, "seconds": round(time.time() - self.began, 3), **metrics}
             self.file.write(json.dumps(record) + "\n")
-            self.bar.set_postfix({k: f"{metrics[f'train/{k}']:.3f}" for k in ("loss", "accuracy")}, refresh=False)
+            shown = {name.split("/")[-1]: f"{metrics[name]:.3f}" for name in watch if name in metrics}
+            self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
             if step == self.bar.total:
                 self.bar.close()

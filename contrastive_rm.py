@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
+    RANK, WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
+    micro_batches, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -91,6 +91,7 @@ def parse_args():
     add("--prototypes", type=int, help="K, of SwAV")
     add("--sinkhorn-iterations", type=int, default=3, help="of SwAV's assignment to prototypes")
     add("--epsilon", type=float, default=0.05, help="of SwAV's assignment: the smaller, the harder")
+    add("--plot", action="store_true", help="draw Fig. 11 into --output-dir, with matplotlib")
     args = settle(parser.parse_args(), DEFAULTS, EVAL_DATA, WORLD)
     for name, value in zip(("beta", "temperature", "prototypes"), METHODS[args.method, args.on]):
         if getattr(args, name) is None:
@@ -160,11 +161,11 @@ def simcse(views, temperature):
 @torch.no_grad()
 def sinkhorn(scores, epsilon, iterations):
     """Codes q (S, K) of scores (S, K) with prototypes: every row sums to 1, every prototype gets about S / K."""
-    codes = torch.exp((scores.float() - scores.max()) / epsilon)
+    codes = scores.float() / epsilon  # their logarithms, which do not underflow
     for _ in range(iterations):
-        codes = codes / codes.sum(0) / codes.size(1)
-        codes = codes / codes.sum(1, keepdim=True)
-    return codes
+        codes = codes - codes.logsumexp(0) - math.log(codes.size(1))
+        codes = codes - codes.logsumexp(1, keepdim=True)
+    return codes.exp()
 
 
 def swav(views, prototypes, temperature, epsilon, iterations):
@@ -214,10 +215,29 @@ def evaluate(model, sets, micro_tokens, device):
     return metrics
 
 
+def plot(path, model, sets, micro_tokens, device):
+    """Fig. 11: the features of chosen and rejected on their two principal components, a panel for each set."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), squeeze=False)
+    for axis, (name, data) in zip(axes[0], sets.items()):
+        features = score(model, data, micro_tokens, device, name, with_features=True)[1]
+        flat = (features - features.mean((0, 1))).flatten(0, 1)
+        places = (flat @ torch.pca_lowrank(flat, center=False)[2][:, :2]).view(len(features), 2, 2)
+        for k, label in enumerate(("chosen", "rejected")):
+            axis.scatter(*places[:, k].T, s=4, alpha=0.5, label=label)
+        axis.set(title=f"{name}: overlap {overlap(features):.2f}", xticks=[], yticks=[])
+        axis.legend(loc="upper right")
+    if RANK == 0:
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
     args = parse_args()
     device = setup(args.seed)
-    log = Log(args.output_dir, vars(args), args.resume)
+    log = Log(args.output_dir, vars(args), args.resume, ("resume", "output_dir", "micro_tokens", "save_every", "plot"))
 
     # data and model
     name = toy_model() if args.model == "toy" else args.model
@@ -243,7 +263,7 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, parts, optimizers) if args.resume else 0
-    log.start(start, steps)
+    log.start(start, steps, lengths)
 
     for step in range(start, steps):
         began = time.time()
@@ -297,6 +317,8 @@ if __name__ == "__main__":
             save_checkpoint(args.output_dir, parts, optimizers, step + 1)
 
     save_model(f"{args.output_dir}/model", model, tokenizer)
+    if args.plot and sets:
+        plot(f"{args.output_dir}/features.png", model, sets, args.micro_tokens, device)
     for key in sets:
         say("{}: accuracy {accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})".format(
             key, **{name.removeprefix(f"eval/{key}/"): value for name, value in metrics.items()}))

@@ -16,13 +16,14 @@ down to swapping chosen and rejected in some pairs, and giving each pair two num
     --margin              m = mu, negative for suspect pairs, which relaxes them                      Eq. 6
 
 They combine in this order, each share being one of what the flags before it left; without any this is baseline_rm.py.
+(Soft targets are what the strength says, whoever was called chosen: beside them --flip changes nothing.)
 The paper's "soft label + margin" can be read in three ways:
 
     S1, as the text has it    --margin --smoothing 0.2 --smooth-on negative
     S2                        --margin --smoothing 0.2
     S3                        --soft-targets 1
 
-    python vote_strength.py && torchrun denoise_rm.py --flip 0.1                            the toy world, 20 seconds
+    python vote_strength.py && torchrun denoise_rm.py --flip 0.1                            the toy world, two minutes
     torchrun --nproc_per_node 8 denoise_rm.py --model my-sft-model --flip 0.1 --margin      the authors' release
 
 Watch eval/<set>/accuracy_second, accuracy by a label that did not suffer from the noise (gold in the toy world).
@@ -38,11 +39,10 @@ import torch.nn.functional as F
 
 from common import (
     WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
+    one_line, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("fnlp/hh-rlhf-strength-cleaned", "toy"),
-    "strength":     ("fnlp/hh-rlhf-strength-cleaned", "runs/vote_strength/train.jsonl"),
     "epochs":       (1.0,                   3.0),
     "batch_size":   (32,                    32),
     "lr":           (5e-6,                  5e-4),
@@ -55,6 +55,7 @@ EVAL_DATA = {  # of --data, when --eval-data is not given
     "fnlp/hh-rlhf-strength-cleaned": ["valid=fnlp/hh-rlhf-strength-cleaned:validation"],
     "toy": ["id=toy:id", "ood=toy:ood", "shifted=toy:shifted", "noisy=toy:noisy"],
 }
+STRENGTH = "mean preference difference"
 LABELS = "gold", "GPT4 label"  # columns with a second label: 1 for chosen, 0 for rejected, -1 for neither
 
 
@@ -82,7 +83,8 @@ def parse_args():
         help="of the computation; weights, scores and losses are float32 always")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
     add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
-    add("--strength", help="the data with their strengths, from vote_strength.py or the authors' release")
+    add("--strength", help="the data with their strengths, from vote_strength.py or the authors' release; by default "
+        "--data itself if it has them, else runs/vote_strength/train.jsonl")
     add("--percentiles", type=float, nargs=2, default=[0, 100], metavar=("LO", "HI"), help="0 100: all pairs")
     add("--drop", type=float, default=0.0, metavar="F", help="leave out the weakest share F; 0: none")
     add("--flip", type=float, default=0.0, metavar="F", help="swap the weakest share F; 0: none (the paper: 0.1)")
@@ -92,9 +94,12 @@ def parse_args():
     add("--soft-targets", type=float, default=0.0, metavar="T", help="temperature of targets sigmoid(mu / T); 0: hard")
     add("--noise-rate", type=float, default=0.0, metavar="E", help="of the unbiased loss, below 0.5; 0: none")
     args = settle(parser.parse_args(), DEFAULTS, EVAL_DATA, WORLD)
-    for name, most in (("drop", 1), ("flip", 1), ("smoothing", 1), ("noise_rate", 0.4999), ("soft_targets", math.inf)):
+    limits = {"drop": 1, "flip": 1, "smoothing": 0.5, "noise_rate": 0.4999, "soft_targets": math.inf}
+    for name, most in limits.items():
         if not 0 <= getattr(args, name) <= most:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is not between 0 and {most}")
+    if args.smooth_on == "negative" and not args.smoothing:
+        fail("--smooth-on negative says where, --smoothing has to say how much")
     if not 0 <= args.percentiles[0] < args.percentiles[1] <= 100:
         fail("--percentiles {} {} leave nothing: they are two numbers from 0 to 100, the lower first".format(
             *args.percentiles))
@@ -104,16 +109,20 @@ def parse_args():
 def read_strength(source, rows, index):
     """The strengths (N,) of the rows that `index` (N,) numbers, from a source with the same rows in the same order; NaN
     where a row has none. Exits if it is about other rows."""
-    voted, column = load_rows(source), "mean preference difference"
-    if column not in voted.column_names:
-        fail(f"--strength {source}: no column '{column}', it has {', '.join(voted.column_names)}")
+    voted = load_rows(source)
+    for column in (STRENGTH, "chosen", "rejected"):
+        if column not in voted.column_names:
+            fail(f"--strength {source}: no column '{column}', it has {', '.join(voted.column_names)}")
     if len(voted) != len(rows):
         fail(f"--strength {source} has {len(voted):,} rows, the data {len(rows):,}: let vote_strength.py vote on these")
-    for name in ("chosen", "rejected"):
-        for number, (one, other) in enumerate(zip(voted[name][:], rows[name][:]), 1):
+    for column in {"prompt", "chosen", "rejected"} & {*voted.column_names} & {*rows.column_names}:
+        for number, (one, other) in enumerate(zip(voted[column][:], rows[column][:]), 1):
             if one != other:
                 fail(f"--strength {source}: row {number} is not that of the data: let vote_strength.py vote on these")
-    return np.array(voted[column][:], float)[index]
+    try:
+        return np.array(voted[STRENGTH][:], float)[index]
+    except (TypeError, ValueError) as error:
+        fail(f"--strength {source}: '{STRENGTH}' is not a number everywhere: {one_line(error)}")
 
 
 def select(strength, percentiles=(0, 100), drop=0.0):
@@ -157,14 +166,15 @@ def by_label_and_strength(rewards, data, segments=20):
     segments of strength, weakest first (Figs. 27 and 28), as far as the data have them."""
     right, metrics = (rewards[:, 0] > rewards[:, 1]).numpy(), {}
     for column in [name for name in LABELS if name in data.column_names][:1]:
-        second = np.array(data[column][:])
+        second = np.array([value if value in (0, 1) else -1 for value in data[column][:]])
         if (second >= 0).any():
             metrics["accuracy_second"] = (right == second)[second >= 0].mean()
         if (second == 1).any():
             metrics["accuracy_agreeing"] = right[second == 1].mean()
-    if "mean preference difference" in data.column_names and len(data) >= segments:
-        order = np.argsort(np.array(data["mean preference difference"][:], float), kind="stable")
-        for number, segment in enumerate(np.array_split(order, segments), 1):
+    if STRENGTH in data.column_names:
+        strength = np.array([math.nan if value is None else value for value in data[STRENGTH][:]], float)
+        order = np.argsort(strength, kind="stable")[: np.isfinite(strength).sum()]  # NaN comes last
+        for number, segment in enumerate(np.array_split(order, segments) if len(order) >= segments else (), 1):
             metrics[f"accuracy_segment_{number:02}"] = right[segment].mean()
     return metrics
 
@@ -202,11 +212,12 @@ if __name__ == "__main__":
     strength = np.zeros(len(train))
     if args.margin or args.flip or args.drop or args.soft_targets or args.percentiles != [0, 100] or (
             args.smoothing and args.smooth_on == "negative"):
-        strength = read_strength(args.strength, rows, np.array(train["row"][:]))
+        source = args.strength or (args.data if STRENGTH in rows.column_names else "runs/vote_strength/train.jsonl")
+        strength = read_strength(source, rows, np.array(train["row"][:]))
         kept = np.flatnonzero(np.isfinite(strength))
         kept = kept[select(strength[kept], args.percentiles, args.drop)]
         if not len(kept):
-            fail(f"--strength {args.strength}, --percentiles and --drop leave no row to train on")
+            fail(f"--strength {source}, --percentiles and --drop leave no row to train on")
         say(f"{len(kept):,} of {len(train):,} rows kept; {np.isnan(strength).sum():,} have no strength")
         train, strength = train.select(kept), strength[kept]
     swap, margin, target = targets(strength, args.flip, args.margin, args.smoothing, args.smooth_on, args.soft_targets,
@@ -223,7 +234,7 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps)
+    log.start(start, steps, lengths, swap, margin, target)
 
     for step in range(start, steps):
         began = time.time()
@@ -233,12 +244,13 @@ if __name__ == "__main__":
             group["lr"] = lr
 
         index = step_rows(len(train), args.batch_size, args.seed, step)
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        sums, trained = torch.zeros(len(METRICS), dtype=torch.float64, device=device), torch.zeros(1, device=device)
         for micro in micro_batches(index, lengths, args.micro_tokens):
             rewards = model(collate(train, micro, device))  # (B, 2)
             rewards = torch.where(swap[micro][:, None], rewards.flip(1), rewards)
             loss = preference_loss(rewards, margin[micro], target[micro], args.center).sum() / len(index)
             loss.backward()
+            trained += loss.detach()
             sums += metric_sums(rewards.detach())
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
@@ -250,6 +262,7 @@ if __name__ == "__main__":
         optimizer.step()
         optimizer.zero_grad()
 
+        metrics["train/objective"] = all_sum(trained).item()
         speed = len(index) / (time.time() - began)
         metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
         if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:

@@ -23,7 +23,6 @@ mean of |r(x, y_i) - r(x, y_j)| on meta data that was held out.
 """
 
 import argparse
-import itertools
 import json
 import math
 import time
@@ -32,20 +31,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import (
-    RANK, WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
-    micro_batches, one_line, read_row, replaced, save_checkpoint, save_model, say, score, settle, setup, step_rows,
-    tokenize, toy_model)
+    RANK, WORLD, Log, all_sum, collate, encode_prompts, fail, load_checkpoint, load_language_model, load_reward_model,
+    load_rows, load_tokenizer, micro_batches, read_row, replaced, respond, save_checkpoint, save_model, say, score,
+    settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
     "epochs":       (1.0,                   3.0),
-    "batch_size":   (32,                    32),
+    "batch_size":   (16,                    32),
     "lr":           (5e-6,                  5e-4),
     "max_length":   (2048,                  64),
     "micro_tokens": (8192,                  4096),
@@ -54,6 +50,7 @@ DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "eta":          (5e-6,                  1e-2),
     "meta_prompts": (0,                     1000),
     "max_new_tokens": (512,                 12),
+    "sample_batch": (8,                     32),
 }
 EVAL_DATA = {  # of --data, when --eval-data is not given
     "Anthropic/hh-rlhf": ["test=Anthropic/hh-rlhf:test"],
@@ -95,50 +92,39 @@ def parse_args():
     add("--responses", type=int, default=5, metavar="K", help="to sample for a prompt")
     add("--temperature", type=float, default=1.0, help="of the sampling")
     add("--max-new-tokens", type=int, help="most tokens of a sampled response")
+    add("--sample-batch", type=int, help="prompts whose responses are sampled together: memory and random numbers")
     args = settle(parser.parse_args(), DEFAULTS, EVAL_DATA, WORLD)
     if not (0 <= args.eta < math.inf and args.temperature > 0 and args.meta_prompts >= 0 and args.max_new_tokens > 0):
         fail("--eta and --meta-prompts are 0 or more, --temperature and --max-new-tokens above 0")
-    if args.responses < 2 or args.meta_batch_size < 1:
-        fail(f"--responses {args.responses} --meta-batch-size {args.meta_batch_size}: 2 and 1 are the least")
+    if args.responses < 2 or args.meta_batch_size < 1 or args.sample_batch < 1:
+        fail("--responses is 2 or more, --meta-batch-size and --sample-batch 1 or more")
+    sampled = args.eta and not args.meta_data
+    if sampled and args.max_new_tokens >= args.max_length:
+        fail(f"--max-new-tokens {args.max_new_tokens} leave nothing of --max-length {args.max_length} to a prompt")
+    if sampled and not args.policy and args.model.endswith(".json"):
+        fail(f"--model {args.model} cannot answer prompts, its weights are random: give a --policy, or --meta-data")
     return args
 
 
-@torch.no_grad()
-def sample_responses(name, prompts, args, device):
+def sample_responses(name, flag, prompts, args, device):
     """Prompts (texts or lists of messages) -> rows of prompt and responses, K of each from the policy in folder or hub
-    id `name`, the same whatever the number of ranks. Exits if it is no language model."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        policy, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except Exception as error:
-        fail(f"--policy {name}: {one_line(error)}")
-    if info["missing_keys"]:
-        fail(f"--policy {name} is no language model, it has no {min(info['missing_keys'])}: name one, or --meta-data")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    policy, rows = policy.to(device).eval(), []
-    for start in tqdm(range(32 * RANK, len(prompts), 32 * WORLD), "sampling", disable=RANK > 0, leave=False):
-        chunk = prompts[start : start + 32]
-        texts = [prompt if isinstance(prompt, str) else
-                 tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in chunk]
-        batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False,
-                          add_special_tokens=isinstance(chunk[0], str)).to(device)
-        torch.manual_seed(args.seed * 1_000_003 + start)
-        # UNSTATED: the temperature; a developer says that it was somewhat raised.
-        tokens = policy.generate(**batch, do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
-                                 num_return_sequences=args.responses, max_new_tokens=args.max_new_tokens,
-                                 pad_token_id=tokenizer.pad_token_id)[:, batch.input_ids.size(1) :]
-        answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for i, prompt in enumerate(chunk):
-            mine = answers[i * args.responses : (i + 1) * args.responses]
-            if isinstance(prompt, str):  # a transcript ends where the next turn begins
-                mine = [" " + answer.split("\n\nHuman:")[0].strip() for answer in mine]
-            rows.append((start + i, {"prompt": prompt, "responses": mine}))
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, rows)
-        rows = sorted(itertools.chain(*parts), key=lambda row: row[0])
-    return [row for _, row in rows]
+    id `name`, which `flag` gave, the same whatever the number of ranks. Exits if it is no language model."""
+    tokenizer = load_tokenizer(name, None)
+    # UNSTATED: the temperature; a developer says that it was somewhat raised.
+    policy = load_language_model(name, flag, torch.bfloat16 if device.type == "cuda" else torch.float32, tokenizer,
+                                 args.temperature, args.max_new_tokens).to(device).eval()
+    _, ids, cut = encode_prompts(prompts, tokenizer, args.max_length - args.max_new_tokens)
+    say(f"{name} answers {len(ids):,} prompts {args.responses} times" + f", {cut:,} of which are cut" * (cut > 0))
+    sampled, rows = respond(policy, ids, args.responses, (args.seed, 0, 1), args.sample_batch, device), []
+    for prompt, answers in zip(prompts, sampled):
+        texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        if isinstance(prompt, str):  # a transcript ends where the next turn begins
+            space = "" if prompt[-1:].isspace() else " "
+            texts = [space + text.split("\n\nHuman:")[0].strip() for text in texts]
+        else:
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        rows.append({"prompt": prompt, "responses": texts})
+    return rows
 
 
 def difference(rewards):
@@ -188,8 +174,15 @@ def evaluate_meta(model, held_out, micro_tokens, device):
     i, j = torch.triu_indices(rewards.size(1), rewards.size(1), 1)
     gaps = (rewards[:, i] - rewards[:, j]).abs().flatten()
     metrics = {"J": difference(rewards).mean().item(), "difference": gaps.mean().item()}
-    metrics |= {f"difference_{tenth}0": gaps.quantile(tenth / 10).item() for tenth in range(1, 10)}
+    metrics |= {f"difference_{tenth}0": gaps.quantile(tenth / 10).item() for tenth in range(1, 11)}
     return {f"eval/meta/{key}": value for key, value in metrics.items()}
+
+
+def report(when, metrics):
+    """Print what `evaluate_meta` found."""
+    say("meta data held out, {}: J {J:.3f}, |reward difference| {difference:.3f}, nine in ten below "
+        "{difference_90:.3f}, all below {difference_100:.3f}".format(
+            when, **{key.removeprefix("eval/meta/"): value for key, value in metrics.items()}))
 
 
 if __name__ == "__main__":
@@ -207,21 +200,24 @@ if __name__ == "__main__":
             for key, source in sources.items()}
     lengths = np.array(train["length"][:])
 
-    # the meta set: read, or sampled for prompts of the data; a tenth is held out to watch
-    if args.eta:
+    # the meta set: read, or sampled for prompts of the data; its last tenth is held out to watch
+    watched = args.eta or args.meta_data
+    if watched:
         path, given = Path(args.output_dir) / "meta.jsonl", args.meta_data
         if given is None and args.resume and path.exists():
             given = str(path)
         if given is None:
-            picked = np.random.default_rng((args.seed, 2)).permutation(len(train))[: args.meta_prompts or None]
+            picked = np.random.default_rng((args.seed, 0, 2)).permutation(len(train))[: args.meta_prompts or None]
             prompts = [read_row(rows[train[int(i)]["row"]])[0] for i in picked]
-            responses = sample_responses(args.policy or name, prompts, args, device)
-        meta = tokenize(datasets.Dataset.from_list(responses) if given is None else load_rows(given),
-                        given or "sampled responses", tokenizer, args.max_length)
+            flag = "--policy" if args.policy else "--model"
+            responses = sample_responses(args.policy or name, flag, prompts, args, device)
+        source = given or "the sampled responses"
+        meta = tokenize(datasets.Dataset.from_list(responses) if given is None else load_rows(given), source, tokenizer,
+                        args.max_length, ("prompt", "responses"))
         if len(counts := set(map(len, meta["response_ids"][:]))) > 1:
-            fail(f"--meta-data {given}: its rows have {min(counts)} to {max(counts)} responses, not all as many")
+            fail(f"{source}: the rows have {min(counts)} to {max(counts)} responses, not all as many")
         if len(meta) < 2:
-            fail(f"--meta-data {given}: two rows are the least, one is held out")
+            fail(f"{source}: two rows are the least, one is held out")
         held_out = meta.select(range(len(meta) - max(1, len(meta) // 10), len(meta)))
         meta = meta.select(range(len(meta) - len(held_out)))
         meta_lengths = np.array(meta["length"][:])
@@ -234,10 +230,12 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps)
-    if args.eta and RANK == 0 and given is None:
+    log.start(start, steps, lengths, *([meta_lengths] if watched else []))
+    if watched and RANK == 0 and given is None:
         with replaced(path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in responses))
+    if watched and not start:
+        report("before training", evaluate_meta(model, held_out, args.micro_tokens, device))
 
     for step in range(start, steps):
         began = time.time()
@@ -252,7 +250,7 @@ if __name__ == "__main__":
                 objective = difference(model(collate(meta, micro, device))).sum() / len(index)
                 objective.backward()
                 climbed += objective.detach()
-            weights = list(model.parameters())
+            weights = [w for w in model.parameters() if w.grad is not None]
             saved, slope = [w.detach().clone() for w in weights], norm([w.grad for w in weights])
             rate = args.eta / (slope if args.ascent == "normalized" and slope else 1)
             with torch.no_grad():
@@ -268,6 +266,7 @@ if __name__ == "__main__":
             loss = preference_loss(rewards, args.center).sum() / len(index)
             loss.backward()
             sums += metric_sums(rewards.detach())
+        # UNSTATED: --update alternate, another way to read the papers' words; Eq. 14 restores.
         if args.eta and args.update == "restore":  # exactly, and only now step, Eq. 14
             with torch.no_grad():
                 for w, old in zip(weights, saved):
@@ -289,12 +288,14 @@ if __name__ == "__main__":
         metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
         if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
             metrics |= evaluate(model, sets, args.micro_tokens, device)
-            metrics |= evaluate_meta(model, held_out, args.micro_tokens, device) if args.eta else {}
+            metrics |= evaluate_meta(model, held_out, args.micro_tokens, device) if watched else {}
         log(step + 1, metrics)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(args.output_dir, model, optimizer, step + 1)
 
     save_model(f"{args.output_dir}/model", model, tokenizer)
+    if watched:
+        report("after", metrics)
     for key in sets:
         say("{}: accuracy {accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})".format(
             key, **{name.removeprefix(f"eval/{key}/"): value for name, value in metrics.items()}))

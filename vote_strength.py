@@ -76,7 +76,7 @@ def parse_args():
     add("--label", help=f"column with a second label or with votes [chosen, rejected, ...]; else {' or '.join(LABELS)}")
     add("--plot", action="store_true", help="draw Figs. 1 to 3 into --output-dir")
     args = parser.parse_args()
-    settle(args, DEFAULTS, EVAL_DATA, WORLD if args.shard else 1, taken=["train"])
+    settle(args, DEFAULTS, EVAL_DATA, WORLD if args.shard else 1, taken=["train", "metrics"])
     if args.members < 1:
         fail(f"--members {args.members}: somebody has to vote")
     if args.cross_fit < 0 or args.cross_fit == 1:
@@ -93,8 +93,13 @@ def strength(scores):
 def second_label(values):
     """A column of second labels -> how much it is for chosen (N,), NaN where it says nothing: 1, 0 and -1 (chosen,
     rejected, neither) become 1, -1 and NaN; votes [chosen, rejected, ...] their difference."""
-    return np.array([value[0] - value[1] if isinstance(value, list) else {1: 1, 0: -1}.get(value, math.nan)
-                     for value in values], float)
+    def side(value):
+        if isinstance(value, list):
+            votes = [vote for vote in value[:2] if isinstance(vote, (int, float))]
+            return votes[0] - votes[1] if len(votes) == 2 else math.nan
+        return {1: 1, 0: -1}.get(value, math.nan) if isinstance(value, (int, float)) else math.nan
+
+    return np.array([side(value) for value in values], float)
 
 
 def agreement(votes):
@@ -235,7 +240,7 @@ if __name__ == "__main__":
     todo = [member for member in mine if not (args.resume and read_votes(paths[member], sets))]
     steps = sum(total_steps(size, args) for size in sizes)
     start, seconds = steps * (len(mine) - len(todo)), collections.Counter()
-    log.start(start, steps * len(mine))
+    log.start(start, steps * len(mine), *(np.array(data["length"][:]) for data in sets.values()))
     count = itertools.count(start + 1)
     barrier()
     for member in todo:

@@ -274,7 +274,31 @@ def test_resume_wants_the_same_flags(script):
     script("baseline_rm.py", "--save-every", 5)
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
     assert "--lr is 0.5, but 0.001" in refused(script, "--resume", "--lr", "0.5")
+    with pytest.raises(SystemExit, match="script is meta_rm.py, but baseline_rm.py in the run of runs/baseline_rm"):
+        script("meta_rm.py", "--resume", "--output-dir", "runs/baseline_rm", "--eta", "0")
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+def test_resume_wants_the_same_data(script):
+    rows = [json.dumps(row) + "\n" for row in common.toy_comparisons(n=96)]
+    Path("d.jsonl").write_text("".join(rows))
+    script("baseline_rm.py", "--data", "d.jsonl", "--save-every", 5)
+    before = weights()
+    Path("d.jsonl").write_text("".join(rows[::-1]))
+    assert "the data are not those of the run" in refused(script, "--resume", "--data", "d.jsonl", "--save-every", 5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights().items())
+    Path("d.jsonl").write_text("".join(rows))
+    script("baseline_rm.py", "--resume", "--data", "d.jsonl", "--save-every", 5)
+
+
+def test_what_a_run_reads_is_not_moved_aside(script):
+    script("baseline_rm.py")
+    Path("runs/baseline_rm/d.jsonl").write_text(json.dumps(common.toy_comparisons(n=1)[0]) + "\n")
+    inside = "runs/baseline_rm/d.jsonl"
+    assert f"--data {inside} lies in --output-dir runs/baseline_rm" in refused(script, "--data", inside)
+    assert f"--eval-data x={inside} lies in" in refused(script, "--eval-data", f"x={inside}")
+    assert Path(inside).exists()
+    assert "--output-dir .: name a folder of its own" in refused(script, "--output-dir", ".")
 
 
 def test_a_folder_of_the_users_stays(script):

@@ -70,11 +70,10 @@ def test_tree_mask_by_hand():
 
 
 def test_separate_rows_by_hand():
-    ids, mask, positions, ends = common.separate_rows(common.collate(DATA, [0, 1], "cpu"))
+    ids, mask, positions = common.separate_rows(common.collate(DATA, [0, 1], "cpu"))
     assert [row[m == 1].tolist() for row, m in zip(ids, mask)] == [p + y for p, r in ROWS[:2] for y in r]
     assert [row[m == 1].tolist() for row, m in zip(positions, mask)] == [
         list(range(len(p + y))) for p, r in ROWS[:2] for y in r]
-    assert ends.tolist() == [[len(p + y) - 1 for y in r] for p, r in ROWS[:2]]
 
 
 @pytest.mark.parametrize("name", SHARES)

@@ -1,6 +1,7 @@
 """contrastive_rm.py: its losses by hand, its cached gradients against plain ones, and whole runs."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +169,14 @@ def test_overlap():
     assert contrastive_rm.overlap(features) > 0.9
     features[:, 0] += torch.tensor([20.0, 0, 0])
     assert contrastive_rm.overlap(features) == 0
+
+
+def test_plot(script, monkeypatch):
+    script("contrastive_rm.py", "--plot", "--eval-data", "id=toy:id,n=40", "noisy=toy:noisy,n=40")
+    assert Path(f"{RUN}/features.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="--plot draws with matplotlib: pip install matplotlib"):
+        script("contrastive_rm.py", "--plot")
 
 
 @pytest.mark.parametrize("flags, words", [

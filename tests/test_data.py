@@ -209,6 +209,7 @@ def test_broken_files(name, text, words, tmp_path, monkeypatch, tokenizer):
 
 @pytest.mark.parametrize("source, words", [
     ("none.jsonl", "none.jsonl: no such file"),
+    ("rows.csv", "rows.csv: files are .jsonl, .json, .jsonl.gz, .json.gz or .parquet"),
     ("no/such-set", "no/such-set: "),
     ("toy:odd", "no split odd"),
     ("toy:sed=1", "sed"),

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -179,6 +180,28 @@ def test_every_option_at_once(script, voted):
     assert {"eval/noisy/accuracy_second", "eval/noisy/accuracy_agreeing", "eval/voted/accuracy_segment_20"} <= set(last)
 
 
+def test_strengths_of_the_data_itself(script, voted):
+    """Without --strength; and the objective of the log is the loss that is trained on, not below its floor."""
+    out = script("denoise_rm.py", "--data", voted[0], "--flip", 0.2, "--smoothing", 0.2)
+    assert "95 of 96 rows kept" in out and "19 pairs flipped" in out
+    for record in records("runs/denoise_rm"):
+        assert record["train/objective"] > 0.5004
+    script("denoise_rm.py", "--output-dir", "plain")
+    for record in records("plain"):
+        assert record["train/objective"] == pytest.approx(record["train/loss"], rel=1e-5)
+
+
+def test_labels_and_strengths_that_say_nothing():
+    """Second labels that are no 0 or 1 take no side, rows without strength are in no segment."""
+    rewards = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]])
+    data = datasets.Dataset.from_dict(
+        {"GPT4 label": ["A", "A", "B", None], "mean preference difference": [None, 2.0, 1, 3]})
+    metrics = denoise_rm.by_label_and_strength(rewards, data, segments=3)
+    assert metrics == {"accuracy_segment_01": 1, "accuracy_segment_02": 0, "accuracy_segment_03": 0}
+    data = datasets.Dataset.from_dict({"gold": [1.0, math.nan, 0, -1]})
+    assert denoise_rm.by_label_and_strength(rewards, data) == {"accuracy_second": 0.5, "accuracy_agreeing": 1}
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--flip", "1.5"], "--flip 1.5 is not between 0 and 1"),
     (["--drop", "-0.1"], "--drop -0.1 is not between 0 and 1"),
@@ -189,6 +212,11 @@ def test_every_option_at_once(script, voted):
     (["--flip", "0.1", "--strength", "none.jsonl"], "none.jsonl: no such file"),
     (["--flip", "0.1", "--strength", "short.jsonl"], "--strength short.jsonl has 95 rows, the data 96"),
     (["--flip", "0.1", "--strength", "other.jsonl"], "--strength other.jsonl: row 3 is not that of the data"),
+    (["--flip", "0.1", "--strength", "text.jsonl"], "'mean preference difference' is not a number everywhere"),
+    (["--flip", "0.1", "--strength", "prompt.jsonl"], "--strength prompt.jsonl: row 2 is not that of the data"),
+    (["--flip", "0.1", "--strength", "bare.jsonl"], "bare.jsonl: no column 'chosen'"),
+    (["--smooth-on", "negative"], "--smoothing has to say how much"),
+    (["--smoothing", "0.6"], "--smoothing 0.6 is not between 0 and 0.5"),
     (["--flip", "0.1", "--strength", "column.jsonl"], "column.jsonl: no column 'mean preference difference'"),
 ])
 def test_bad_input(flags, words, script, voted, tmp_path):
@@ -197,6 +225,11 @@ def test_bad_input(flags, words, script, voted, tmp_path):
     (tmp_path / "short.jsonl").write_text("".join(lines[:-1]))
     (tmp_path / "other.jsonl").write_text("".join([*lines[:2], lines[5], *lines[3:]]))
     (tmp_path / "column.jsonl").write_text("".join(json.dumps({"chosen": "a", "rejected": "b"}) + "\n" for _ in rows))
+    changes = {"text": {"mean preference difference": "much"}, "prompt": {"prompt": "name two tools"}}
+    for name, change in changes.items():
+        texts = [json.dumps({**row, **(change if name == "text" or i == 1 else {})}) for i, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(texts))
+    (tmp_path / "bare.jsonl").write_text('{"mean preference difference": 1}\n' * len(rows))
     with pytest.raises(SystemExit) as error:
         script("denoise_rm.py", "--strength", path, *flags)
     assert words in str(error.value) and "\n" not in str(error.value)

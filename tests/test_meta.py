@@ -1,5 +1,6 @@
 """meta_rm.py: its objective by hand, its two phases against the plainest loop, and whole runs."""
 
+import argparse
 import itertools
 import json
 import math
@@ -148,14 +149,60 @@ def test_samples(script, llama, tokenizer):
     tokenizer.save_pretrained("policy")
     flags = ["--policy", "policy", "--meta-prompts", 30, "--responses", 4, "--max-new-tokens", 3, "--save-every", 5,
              "--eta", 0.1]
-    script("meta_rm.py", *flags)
+    out = script("meta_rm.py", *flags)
+    after = records(RUN)[-1]
+    assert "meta data held out, before training: J 0.4" in out  # a new head hardly tells them apart
+    gap = after["eval/meta/difference"]
+    assert f"held out, after: J {after['eval/meta/J']:.3f}, |reward difference| {gap:.3f}" in out
     rows = [json.loads(line) for line in Path(f"{RUN}/meta.jsonl").read_text().splitlines()]
     prompts = [row["prompt"] for row in common.toy_comparisons(n=96)]
     assert len(rows) == 30 and all(row["prompt"] in prompts and len(row["responses"]) == 4 for row in rows)
     words = [word for row in rows for response in row["responses"] for word in response.split()]
     assert len(set(words)) > 50 and max(len(response.split()) for row in rows for response in row["responses"]) == 3
     out = script("meta_rm.py", *flags, "--resume")
-    assert f"{RUN}/meta.jsonl: " in out
+    assert f"{RUN}/meta.jsonl: " in out and "before" not in out
+
+
+def test_conversations_are_answered(script, llama, tokenizer, tmp_path):
+    """Prompts of messages go through the chat template, and come back with messages for answers."""
+    chat = transformers.AutoTokenizer.from_pretrained(llama)
+    chat.chat_template = ("{% for m in messages %}{{ 'Human: ' if m.role == 'user' else 'Assistant: ' }}"
+                          "{{ m.content }} {% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
+    transformers.AutoModelForCausalLM.from_pretrained(llama).save_pretrained("chat")
+    chat.save_pretrained("chat")
+    rows = [{"prompt": [{"role": "user", "content": f"name {number} {kind}"}],
+             "chosen": [{"role": "assistant", "content": " ".join(words.split()[:2])}],
+             "rejected": [{"role": "assistant", "content": "gin"}]}
+            for number in ("two", "three") for kind, words in common.THINGS.items()]
+    Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = script("meta_rm.py", "--model", "chat", "--data", "talk.jsonl", "--eval-data", "--eta", 0.1, "--batch-size",
+                 4, "--max-new-tokens", 6, "--responses", 3)
+    assert "chat answers 16 prompts 3 times" in out and "meta data held out, after" in out
+    row = json.loads(Path(f"{RUN}/meta.jsonl").read_text().splitlines()[0])
+    assert row["prompt"][0]["role"] == "user" and [y[0]["role"] for y in row["responses"]] == ["assistant"] * 3
+
+
+def test_meta_data_is_watched_without_ascent(script, meta):
+    """So that the baseline can be compared on it."""
+    out = script("meta_rm.py", "--eta", 0, "--meta-data", "meta.jsonl")
+    assert "meta data held out, after" in out and "eval/meta/difference" in records(RUN)[-1]
+    assert "train/shift" not in records(RUN)[-1]
+
+
+def test_long_prompts_are_cut_before_sampling(tmp_path, tokenizer):
+    """A policy of few positions, whose own settings for generation do not count."""
+    config = transformers.GPT2Config(vocab_size=len(common.WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=20)
+    policy = transformers.GPT2LMHeadModel(config)
+    policy.generation_config.repetition_penalty, policy.generation_config.num_beams = 50.0, 2
+    policy.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    args = argparse.Namespace(responses=2, temperature=1.0, max_new_tokens=5, max_length=20, sample_batch=4, seed=0)
+    prompts = ["name two fruits " * 30, "name two tools "]
+    rows = meta_rm.sample_responses(tmp_path / "policy", "--policy", prompts, args, torch.device("cpu"))
+    assert [row["prompt"] for row in rows] == prompts
+    assert not any(answer.startswith(" ") for row in rows for answer in row["responses"])  # the prompts end in a space
+    model = common.load_language_model(tmp_path / "policy", "--policy", torch.float32, tokenizer, 0.7, 5)
+    assert model.generation_config.repetition_penalty in (None, 1) and model.generation_config.temperature == 0.7
 
 
 def test_killed_and_resumed(llama, tmp_path, meta):
@@ -176,22 +223,25 @@ def test_killed_and_resumed(llama, tmp_path, meta):
 @pytest.mark.parametrize("flags, words", [
     (["--eta", "-1"], "--eta and --meta-prompts are 0 or more"),
     (["--temperature", "0"], "--temperature and --max-new-tokens above 0"),
-    (["--responses", "1"], "--responses 1 --meta-batch-size 16: 2 and 1 are the least"),
+    (["--responses", "1"], "--responses is 2 or more"),
+    (["--max-new-tokens", "64"], "--max-new-tokens 64 leave nothing of --max-length 64 to a prompt"),
+    (["--model", "random.json", "--max-new-tokens", "6"], "cannot answer prompts, its weights are random"),
+    (["--meta-data", "pairs.jsonl"], "pairs.jsonl: no column 'prompt'"),
     (["--meta-data", "none.jsonl"], "none.jsonl: no such file"),
     (["--meta-data", "few.jsonl"], "few.jsonl: row 2: it needs a 'prompt' and two 'responses' or more"),
     (["--meta-data", "same.jsonl"], "same.jsonl: none of 2 rows can be used"),
-    (["--meta-data", "uneven.jsonl"], "--meta-data uneven.jsonl: its rows have 2 to 5 responses, not all as many"),
-    (["--meta-data", "one.jsonl"], "--meta-data one.jsonl: two rows are the least"),
+    (["--meta-data", "uneven.jsonl"], "uneven.jsonl: the rows have 2 to 5 responses, not all as many"),
+    (["--meta-data", "one.jsonl"], "one.jsonl: two rows are the least"),
     (["--meta-data", "column.jsonl"], "column.jsonl: no column 'prompt'"),
-    (["--policy", "nowhere"], "--policy nowhere: "),
-    (["--policy", "runs/baseline_rm/model"], "is no language model, it has no lm_head.weight"),
+    (["--policy", "nowhere", "--max-new-tokens", "6"], "no tokenizer in nowhere"),
+    (["--policy", "runs/baseline_rm/model", "--max-new-tokens", "6"], "is no language model: lm_head.weight"),
     (["--meta-data", "meta.jsonl", "--eta", "1e30"], "lower --eta or --lr"),
 ])
 def test_bad_input(flags, words, script, meta, tmp_path):
     row = meta[0]
     files = {"few": [row, {**row, "responses": [" fig"]}], "same": [{**row, "responses": [" fig", " fig"]}] * 2,
              "uneven": [row, {**row, "responses": row["responses"][:2]}], "one": [row],
-             "column": [{"responses": row["responses"]}]}
+             "column": [{"responses": row["responses"]}], "pairs": [{"chosen": "a", "rejected": "b"}]}
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if "runs/baseline_rm/model" in flags:

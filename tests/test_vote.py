@@ -30,6 +30,8 @@ def test_strength_of_the_papers_example():
 
 
 def test_second_label_and_agreement():
+    nothing = vote_strength.second_label(["A", [1], [None, 2], {"a": 1}, [], 0.5])
+    assert np.isnan(nothing).all()
     votes = vote_strength.second_label([1, 0, -1, None, [4, 1], [0, 5, 2], [2, 2]])
     assert np.array_equal(votes, [1, -1, math.nan, math.nan, 3, -5, 0], equal_nan=True)
     assert vote_strength.agreement(votes) == 0.5  # of the four that take a side

@@ -1,0 +1,116 @@
+"""The experiments behind the README's tables on ppo_loop.py, in the toy world, with the scripts as they are.
+
+    python tests/claims.py && python tests/claims_ppo.py --jobs 2       the reward models, then PPO against them
+
+Every seed has its comparisons, its voters and reward models, those of claims.py, and its own order and samples in PPO.
+"""
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import json
+import multiprocessing
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from claims import FIGURE_8, ROOT, run, show, table, verdict
+
+RUNS, MODELS = Path("runs/claims_ppo"), Path("runs/claims/0.1").absolute()
+RM = ("--epochs 3 --batch-size 32 --lr 5e-4 --max-length 64 --micro-tokens 4096 --eval-every 0 --save-every 0 "
+      "--meta-prompts 1000 --max-new-tokens 12 --ascent normalized")
+LONG = "--rounds 1 --iterations 300"
+RACES = [*((name, 0) for name in FIGURE_8), ("baseline", 0.2), ("soft targets, S3", 0.2)]
+LOOPS = {
+    "PPO once": f"{LONG} --method baseline",
+    "rounds, no meta step": "--rounds 3 --method baseline",
+    "rounds, MetaRM": "--rounds 3 --rm-flags={RM} --eta 0.01",
+    "rounds, MetaRM, eta 0.1": "--rounds 3 --rm-flags={RM} --eta 0.1",
+    "rounds, MetaRM, alternate": "--rounds 3 --rm-flags={RM} --eta 0.001 --update alternate",
+}
+
+
+def flags_of(text):
+    """The flags of a row of LOOPS; what follows --rm-flags= is one."""
+    plain, _, rm = text.partition("--rm-flags=")
+    return [*plain.split(), *([f"--rm-flags={rm.format(RM=RM)}"] if rm else [f"--rm-flags={RM}"])]
+
+
+def work(seed):
+    """All runs of one seed."""
+    import torch
+    torch.set_num_threads(1)  # the toy model is too small for two
+    sys.path.insert(0, str(ROOT))
+    common = ["--data", f"toy:seed={seed}", "--seed", str(seed), "--save-every", "0",
+              "--eval-data", f"id=toy:id,seed={seed}", f"ood=toy:ood,seed={seed}"]
+    for name, kl in RACES:
+        run("ppo_loop.py", RUNS / f"{seed}/{name}, KL {kl}", "round-1/policy", *common, "--rounds", "1",
+            "--iterations", "200", "--eval-every", "0", "--kl", str(kl), "--reward-model",
+            str(MODELS / f"{seed}/{name}, 1 epochs/model"))
+    for name, flags in LOOPS.items():
+        last = "round-1/policy" if "once" in name else "round-3/policy"
+        run("ppo_loop.py", RUNS / f"{seed}/{name}", last, *common, *flags_of(flags))
+
+
+# --------------------------------------------------------------------------------------------------------- results
+@functools.cache
+def records(seed, name):
+    return [json.loads(line) for line in (RUNS / f"{seed}/{name}/metrics.jsonl").read_text().splitlines()]
+
+
+def at_kl(seed, name, key, low, high):
+    """Mean of a metric over the iterations whose KL lies in a range."""
+    values = [x[f"ppo/{key}"] for x in records(seed, name) if low <= x["ppo/kl"] < high]
+    return np.mean(values) if values else np.nan
+
+
+def last(name, key, seeds):
+    return np.array([records(seed, name)[-1].get(key, np.nan) for seed in range(seeds)])
+
+
+def wins(seed, name, number):
+    """Win, tie and lose by gold, after a round and before the first, on the same prompts of both sets: (3,)."""
+    before, after = ([json.loads(line) for line in (RUNS / f"{seed}/{name}/{path}").read_text().splitlines()]
+                     for path in ("round-1/before.jsonl", f"round-{number}/after.jsonl"))
+    gain = np.array([b["gold"] - a["gold"] for a, b in zip(before, after, strict=True)])
+    return np.array([(gain > 0).mean(), (gain == 0).mean(), (gain < 0).mean()])
+
+
+def tables(seeds):
+    bins = [(0, 0.5), (0.5, 1), (1, 2), (2, 4), (4, 6), (6, 8), (8, 10), (10, 30)]
+    for key in ("gold", "score", "agreement", "spread"):
+        table([f"{key}, no KL penalty; KL:", *(f"{low} to {high}" for low, high in bins)], *(
+            [name, *(show(np.array(values), 1, 2) if not np.isnan(values).any() else "" for values in (
+                [at_kl(seed, f"{name}, KL 0", key, *part) for seed in range(seeds)] for part in bins))]
+            for name in FIGURE_8))
+    keys = "ppo/kl", "eval/id/gold", "eval/ood/gold", "eval/id/perplexity", "ppo/agreement"
+    table(["after 200 iterations", *keys], *(
+        [name, *(show(last(name, key, seeds), 1, 2) for key in keys)]
+        for name in (f"{name}, KL {kl}" for name, kl in RACES)))
+    rows = []
+    for name in LOOPS:
+        for number in [1] if "once" in name else [1, 2, 3]:
+            outcome = np.array([wins(seed, name, number) for seed in range(seeds)])
+            lines = [[x for x in records(seed, name) if x["round"] == number][-1] for seed in range(seeds)]
+            rows.append([name, str(number), *(show(np.array([x[key] for x in lines]), 1, 2) for key in keys),
+                         " / ".join(f"{100 * x:.0f}" for x in outcome.mean(0)),
+                         show(outcome[:, 0] - outcome[:, 2], 100, 1)])
+    table(["method", "round", *keys, "win / tie / lose against SFT, %", "win - lose"], *rows)
+    for a, b in itertools.combinations(LOOPS, 2):
+        gain = last(a, "eval/id/gold", seeds) - last(b, "eval/id/gold", seeds)
+        print(f"{a} - {b}: gold {show(gain, 1, 2, '+')} {verdict(gain, 0.05)}; ood",
+              show(last(a, "eval/ood/gold", seeds) - last(b, "eval/ood/gold", seeds), 1, 2, "+"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
+        for number, _ in enumerate(pool.map(work, range(args.seeds)), 1):
+            print(f"{number} of {args.seeds}", file=sys.stderr)
+    tables(args.seeds)
