@@ -21,7 +21,8 @@ among those of all samples; SwAV (Eqs. 7, 8) predicts from one view to which of 
 
 The negatives are those of the whole batch. Its features are first computed without a graph and gathered; the gradient
 of L_cl at each of them is kept, and handed on when the same features are computed again, micro-batch by micro-batch.
-Watch train/contrastive, and eval/<set>/overlap of the features of chosen and rejected.
+Watch train/contrastive, and eval/<set>/overlap of the features of chosen and rejected. In the toy world it helps from
+random weights and, at the paper's beta, hurts from those of a language model; see the README.
 """
 
 import argparse

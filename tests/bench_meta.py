@@ -1,5 +1,5 @@
 """What the meta step of meta_rm.py costs: its steps beside those of baseline_rm.py, the meta batch being comparisons of
-the same data, as many.
+the same 200, as many.
 
     python tests/bench_meta.py [--data FILE] [--hidden 512 --layers 6] [--rounds 3]
 
@@ -48,11 +48,14 @@ if __name__ == "__main__":
         transformers.LlamaConfig(
             vocab_size=8192, hidden_size=args.hidden, intermediate_size=4 * args.hidden, num_attention_heads=8,
             num_hidden_layers=args.layers).to_json_file(f"{folder}/model.json")
-        rows = common.load_rows(args.data)
-        pairs = [pair for pair in map(common.read_row, rows.take(200)) if pair[0]]
-        with open(f"{folder}/meta.jsonl", "w") as file:
-            file.writelines(json.dumps({"prompt": prompt, "responses": answers}) + "\n" for prompt, answers in pairs)
-        flags = ["--model", f"{folder}/model.json", "--data", args.data, "--eval-data", "--batch-size", args.batch_size,
+        rows = [(prompt, answers) for prompt, answers in map(common.read_row, common.load_rows(args.data).take(200))
+                if prompt and answers[0] != answers[1]]
+        for name in ("data", "meta"):
+            with open(f"{folder}/{name}.jsonl", "w") as file:
+                file.writelines(json.dumps({"prompt": prompt, "responses": answers} if name == "meta" else {
+                    "prompt": prompt, "chosen": answers[0], "rejected": answers[1]}) + "\n" for prompt, answers in rows)
+        flags = ["--model", f"{folder}/model.json", "--data", f"{folder}/data.jsonl", "--eval-data", "--batch-size",
+                 args.batch_size,
                  "--epochs", args.steps * args.batch_size / len(rows), "--max-length", 512, "--micro-tokens", 1024,
                  "--save-every", 0, "--lr", 1e-5, "--eval-every", 0]
         meta = ["--meta-data", f"{folder}/meta.jsonl", "--meta-batch-size", args.batch_size]

@@ -240,7 +240,7 @@ def claims(seeds):
          full("baseline", loss, LONG) - full(FIGURE_8[4], loss, LONG), plain),
         ("Fig. 8", f"loss on original labels, {LONG} epochs: baseline - S3",
          full("baseline", loss, LONG) - full(FIGURE_8[5], loss, LONG), plain),
-        ("Fig. 27", "methods differ most on weak segments: |flip 10 % - baseline|, weaker - stronger half",
+        ("Fig. 27", "methods differ most on weak segments: abs(flip 10 % - baseline), weaker - stronger half",
          abs(flip[:10]).mean(0) - abs(flip[10:]).mean(0), points),
         ("Fig. 28", "flip 10 % learns less of the wrong: baseline - flip 10 %, weakest quarter",
          -flip[:5].mean(0), points),

@@ -187,7 +187,7 @@ def claims(seeds):
               gain(world, method, "shifted", seeds), 100)
              for method, world in ((literal, "toy"), (literal, "1 epoch"), (shifted, "toy"), (shifted, "1 epoch"),
                                    (turned, "toy"))]
-    rows += [("Fig. 16", f"{method} widens |difference| on the shifted meta data: to the baseline, {kind}",
+    rows += [("Fig. 16", f"{method} widens the reward differences on the shifted meta data: to the baseline, {kind}",
               less("toy", f"shifted/{key}", method, "baseline"), 1)
              for method in (literal, shifted, turned)
              for key, kind in (("difference", "as it is"), ("normalised", "0 to 1"))]

@@ -375,7 +375,7 @@ def test_errors_of_a_real_process(llama, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- toy world
 def test_toy_world(tmp_path):
-    """The README's first command. Over ten seeds `id` was 0.857, standard deviation 0.011: the bar is five below."""
+    """A run without flags. Over ten seeds `id` was 0.857, standard deviation 0.011: the bar is five below."""
     subprocess.run([sys.executable, ROOT / "baseline_rm.py"], cwd=tmp_path, check=True, capture_output=True)
     last = records(tmp_path / "runs/baseline_rm")[-1]
     assert last["eval/id/accuracy"] > 0.8

@@ -81,12 +81,12 @@ def test_policy_reads_what_separate_rows_say(name, tmp_path, tokenizer):
 
 
 def test_advantages_against_a_plain_loop():
-    """A response of its own length each; what stands behind it, NaN here, is not read."""
+    """A response of its own length each; what stands behind it, any numbers here, does not count."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(4, 3, 7, dtype=torch.float64, generator=generator) for _ in "rv")
     counts = torch.randint(1, 8, (4, 3), generator=generator)
     real = torch.arange(7) < counts[..., None]
-    result = ppo_loop.advantages(rewards * real, values * real, real, 0.9, 0.8)
+    result = ppo_loop.advantages(rewards, values, real, 0.9, 0.8)
     for i in range(4):
         for j in range(3):
             r, v = rewards[i, j, : counts[i, j]].tolist(), [*values[i, j, : counts[i, j]].tolist(), 0.0]

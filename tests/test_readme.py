@@ -28,7 +28,8 @@ def test_commands_name_scripts_and_their_flags():
 
 def test_flags_and_files_exist():
     known = set.union(*map(flags, SCRIPTS)) | {"--help", "--nproc_per_node", "--plot"}
-    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests/bench_rm.py").read_text()))
+    for path in (ROOT / "tests").glob("bench_*.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
     assert set(re.findall(r"--[a-z_]+(?:-[a-z]+)*", README)) <= known
     for name in re.findall(r"`([\w/]+\.(?:py|txt|md))`", README):
         assert (ROOT / name).is_file(), name
