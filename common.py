@@ -702,7 +702,7 @@ class Log:
         for key, value in settings.items():
             for text in value if isinstance(value, list) else [value]:
                 path = Path(str(text).partition("=")[2] or str(text)).resolve()
-                if path.exists() and self.folder.resolve() in path.parents and not resume:
+                if not resume and self.folder.resolve() in path.parents and path.exists():
                     fail(f"--{key.replace('_', '-')} {text} lies in --output-dir {folder}, which a new run moves aside")
         if not self.args.exists() and self.folder.exists() and any(self.folder.iterdir()):
             fail(f"--output-dir {folder} is not empty and holds no run: name another folder")

@@ -164,6 +164,17 @@ def test_killed_and_resumed(method, llama, tmp_path):
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
 
 
+def test_prototypes_learn(script):
+    """They begin where the seed puts them, and do not stay there."""
+    script("contrastive_rm.py", "--method", "swav", "--prototypes", 6, "--save-every", 10)
+    [moved] = [tensor for path in Path(f"{RUN}/checkpoint-10").glob("*.safetensors")
+               for name, tensor in load_file(path).items() if name.endswith("prototypes.weight") and "optim" not in name
+               and "exp_avg" not in name]
+    torch.manual_seed(0)
+    start = torch.nn.Linear(moved.size(1), 6, bias=False).weight
+    assert 1e-3 < (moved - start).abs().max() < 0.1
+
+
 def test_overlap():
     features = torch.randn(5000, 2, 3, generator=torch.Generator().manual_seed(0))
     assert contrastive_rm.overlap(features) > 0.9
