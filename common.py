@@ -245,13 +245,17 @@ def load_config(name, **changes):
     return config
 
 
-def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpointing=False, ranks=WORLD):
-    """A RewardModel from a Hugging Face folder or hub id, a language model (it gets a new head) or a reward model, or
-    from a config.json (random weights). Weights are fp32, dropout is off; each rank holds a shard or, with ranks = 1,
-    a model of its own. Exits on anything that is not a decoder with a `score` head."""
+def load_reward_model(
+        name, tokenizer, device, dtype, seed, max_length, checkpointing=False, ranks=WORLD, flag="--model"):
+    """A RewardModel from a Hugging Face folder or hub id: a reward model or, where `flag` is --model, also a language
+    model (it gets a new head) or a config.json (random weights). Weights are fp32, dropout is off; each rank holds a
+    shard or, with ranks = 1, a model of its own. Exits on anything that is not a decoder with a `score` head of one
+    label."""
     torch.manual_seed(seed)  # before the weights, so that members of an ensemble differ by their seed and nothing else
     try:
-        config = load_config(name, num_labels=1)
+        saved, config = load_config(name), load_config(name, num_labels=1)
+        if "SequenceClassification" in str(saved.architectures) and saved.num_labels != 1:
+            fail(f"{flag} {name}: its `score` head has {saved.num_labels} labels, that of a reward model has one")
         kwargs = {"config": config, "dtype": torch.float32}
         if str(name).endswith(".json"):
             model, missing = AutoModelForSequenceClassification.from_config(**kwargs), {"score.weight"}
@@ -259,14 +263,16 @@ def load_reward_model(name, tokenizer, device, dtype, seed, max_length, checkpoi
             model, info = AutoModelForSequenceClassification.from_pretrained(name, **kwargs, output_loading_info=True)
             missing = set(info["missing_keys"])
     except Exception as error:
-        fail(f"--model {name}: {one_line(error)}")
+        fail(f"{flag} {name}: {one_line(error)}")
     if config.is_encoder_decoder or not isinstance(getattr(model, "score", None), nn.Linear):
-        fail(f"--model {name}: {type(model).__name__} is not a decoder with a linear `score` head on its last token")
+        fail(f"{flag} {name}: {type(model).__name__} is not a decoder with a linear `score` head on its last token")
+    if missing and flag != "--model":
+        fail(f"{flag} {name} is no reward model: it lacks {min(missing)}")
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or max_length
     if positions < max_length:
-        fail(f"--max-length {max_length} is more than the {positions:,} positions of --model {name}")
+        fail(f"--max-length {max_length} is more than the {positions:,} positions of {flag} {name}")
     if lacking := missing - {"score.weight"}:
-        fail(f"--model {name}: its files lack {len(lacking)} weights, {min(lacking)} for one")
+        fail(f"{flag} {name}: its files lack {len(lacking)} weights, {min(lacking)} for one")
     if missing:  # UNSTATED: the paper gives no init; this is the usual one (transformers' own has std 0.02)
         nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -421,25 +427,14 @@ def encode(texts, tokenizer):
     return rows
 
 
-def encode_row(row, tokenizer, max_length):
-    """One raw row -> prompt_ids, the tokens that the full texts begin with in common; response_ids, the k rests;
-    length, their sum; cut, whether the prompt lost tokens to max_length; dropped, why the row is no use ("": it is)."""
-    def result(prompt=(0,), responses=((0,),), cut=False, dropped=""):
-        length = len(prompt) + sum(map(len, responses))
-        return {"prompt_ids": prompt, "response_ids": responses, "length": length, "cut": cut, "dropped": dropped}
-
-    prompt, answers = read_row(row)
-    if prompt is None:
-        return result(dropped="different prompts")
-    if not all((answer if isinstance(answer, str) else answer[0]["content"]).strip() for answer in answers):
-        return result(dropped="empty response")
+def encode_answers(prompt, answers, tokenizer, max_length):
+    """A prompt and k answers, texts or lists of one message -> the tokens that the full texts begin with in common, the
+    k rests, and whether tokens were lost to max_length: the prompt's oldest, then the answers'."""
     for turns_lost, texts in enumerate(full_texts(prompt, answers, tokenizer)):
         ids = encode(texts, tokenizer)
         if max(map(len, ids)) <= max_length:
             break
-    if ids.count(ids[0]) == len(ids):
-        return result(dropped="identical responses")
-    shared = len(os.path.commonprefix(ids))
+    shared = min(len(os.path.commonprefix(ids)), *(len(x) - 1 for x in ids))  # an answer keeps its EOS
     prompt, responses = ids[0][:shared], [x[shared:] for x in ids]
     surplus = len(prompt) + max(map(len, responses)) - max_length
     # UNSTATED: the paper is silent about long rows, the authors' code skips those whose last turn alone is too long.
@@ -447,9 +442,26 @@ def encode_row(row, tokenizer, max_length):
     if surplus > 0:
         bos = prompt[:1] if prompt[:1] == [tokenizer.bos_token_id] else []
         prompt = bos + prompt[len(bos) + surplus :]
-        if len(prompt) == len(bos):
-            return result(dropped="nothing left of the prompt in --max-length")
-    return result(prompt, responses, cut=turns_lost > 0 or surplus > 0)
+    return prompt, [x[-max_length:] for x in responses], turns_lost > 0 or surplus > 0
+
+
+def encode_row(row, tokenizer, max_length):
+    """One raw row -> prompt_ids and response_ids as `encode_answers` makes them; length, the sum of theirs; cut,
+    whether the prompt lost tokens to max_length; dropped, why the row is no use ("": it is)."""
+    (prompt, answers), ids, cut, dropped = read_row(row), [], False, ""
+    if prompt is None:
+        dropped = "different prompts"
+    elif not all((answer if isinstance(answer, str) else answer[0]["content"]).strip() for answer in answers):
+        dropped = "empty response"
+    else:
+        *ids, cut = encode_answers(prompt, answers, tokenizer, max_length)
+        if ids[1].count(ids[1][0]) == len(ids[1]):
+            dropped = "identical responses"
+        elif cut and not set(ids[0]) - {tokenizer.bos_token_id}:
+            dropped = "nothing left of the prompt in --max-length"
+    prompt, responses = ids if not dropped else ([0], [[0]])
+    return {"prompt_ids": prompt, "response_ids": responses, "length": len(prompt) + sum(map(len, responses)),
+            "cut": cut and not dropped, "dropped": dropped}
 
 
 def tokenize(rows, source, tokenizer, max_length, wanted=("chosen", "rejected")):
@@ -461,7 +473,8 @@ def tokenize(rows, source, tokenizer, max_length, wanted=("chosen", "rejected"))
             fail(f"{source}: no column '{column}', it has {', '.join(rows.column_names) or 'none'}")
     rows = rows.remove_columns([name for name in ("chosen", "rejected", "responses")
                                 if name in rows.column_names and name not in wanted])
-    code = [inspect.getsource(function) for function in (tokenize, read_row, full_texts, encode, encode_row)]
+    functions = tokenize, read_row, full_texts, encode, encode_answers, encode_row
+    code = [inspect.getsource(function) for function in functions]
     key = Hasher.hash([code, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map,
                        tokenizer.chat_template, max_length])
 
@@ -549,8 +562,8 @@ def load_language_model(name, flag, dtype, tokenizer, temperature, max_new_token
 
 
 def encode_prompts(prompts, tokenizer, longest):
-    """Prompts, texts or lists of messages -> their texts, their token ids, and how many were cut: of more than
-    `longest` tokens the BOS and the newest are kept. Exits if the tokenizer cannot put messages into words."""
+    """Prompts, texts or lists of messages -> their token ids, and how many were cut: of more than `longest` tokens the
+    BOS and the newest are kept. Exits if the tokenizer cannot put messages into words."""
     try:
         texts = [prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts]
@@ -559,7 +572,7 @@ def encode_prompts(prompts, tokenizer, longest):
     ids = [x[:-1] for x in encode(texts, tokenizer)]  # without the EOS
     heads = [x[: int(x[:1] == [tokenizer.bos_token_id])] for x in ids]
     kept = [x if len(x) <= longest else head + x[len(x) - longest + len(head) :] for x, head in zip(ids, heads)]
-    return texts, kept, sum(len(x) > longest for x in ids)
+    return kept, sum(len(x) > longest for x in ids)
 
 
 @torch.no_grad()
@@ -584,6 +597,29 @@ def respond(model, prompts, k, seed, chunk, device):
         dist.all_gather_object(parts, answers)
         answers = sorted(itertools.chain(*parts), key=lambda answer: answer[0])
     return [answer for _, answer in answers]
+
+
+def as_answers(prompt, answers, tokenizer):
+    """Sampled tokens -> answers in the form of their prompt: texts that end where the next turn begins, or lists of one
+    message."""
+    texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    if isinstance(prompt, str):
+        space = "" if prompt[-1:].isspace() else " "
+        return [space + text.split("\n\nHuman:")[0].strip() for text in texts]
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def sample_responses(name, flag, prompts, k, seed, args, device):
+    """Prompts (texts or lists of messages) -> rows of prompt and responses, k of each from the policy in folder or hub
+    id `name`, which `flag` gave, the same whatever the number of ranks. Exits if it is no language model."""
+    tokenizer = load_tokenizer(name, None)
+    policy = load_language_model(name, flag, torch.bfloat16 if device.type == "cuda" else torch.float32, tokenizer,
+                                 args.temperature, args.max_new_tokens).to(device).eval()
+    ids, cut = encode_prompts(prompts, tokenizer, args.max_length - args.max_new_tokens)
+    say(f"{name} answers {len(ids):,} prompts {k} times" + f"; {cut:,} prompts cut" * (cut > 0))
+    sampled = respond(policy, ids, k, seed, args.sample_batch, device)
+    return [{"prompt": prompt, "responses": as_answers(prompt, answers, tokenizer)}
+            for prompt, answers in zip(prompts, sampled)]
 
 
 # ------------------------------------------------------------------------------------------------------ order of a run

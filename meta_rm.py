@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    RANK, WORLD, Log, all_sum, collate, encode_prompts, fail, load_checkpoint, load_language_model, load_reward_model,
-    load_rows, load_tokenizer, micro_batches, read_row, replaced, respond, save_checkpoint, save_model, say, score,
-    settle, setup, step_rows, tokenize, toy_model)
+    RANK, WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
+    micro_batches, read_row, replaced, sample_responses, save_checkpoint, save_model, say, score, settle, setup,
+    step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -105,27 +105,6 @@ def parse_args():
     if sampled and not args.policy and args.model.endswith(".json"):
         fail(f"--model {args.model} cannot answer prompts, its weights are random: give a --policy, or --meta-data")
     return args
-
-
-def sample_responses(name, flag, prompts, args, device):
-    """Prompts (texts or lists of messages) -> rows of prompt and responses, K of each from the policy in folder or hub
-    id `name`, which `flag` gave, the same whatever the number of ranks. Exits if it is no language model."""
-    tokenizer = load_tokenizer(name, None)
-    # UNSTATED: the temperature; a developer says that it was somewhat raised.
-    policy = load_language_model(name, flag, torch.bfloat16 if device.type == "cuda" else torch.float32, tokenizer,
-                                 args.temperature, args.max_new_tokens).to(device).eval()
-    _, ids, cut = encode_prompts(prompts, tokenizer, args.max_length - args.max_new_tokens)
-    say(f"{name} answers {len(ids):,} prompts {args.responses} times" + f", {cut:,} of which are cut" * (cut > 0))
-    sampled, rows = respond(policy, ids, args.responses, (args.seed, 0, 1), args.sample_batch, device), []
-    for prompt, answers in zip(prompts, sampled):
-        texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        if isinstance(prompt, str):  # a transcript ends where the next turn begins
-            space = "" if prompt[-1:].isspace() else " "
-            texts = [space + text.split("\n\nHuman:")[0].strip() for text in texts]
-        else:
-            texts = [[{"role": "assistant", "content": text}] for text in texts]
-        rows.append({"prompt": prompt, "responses": texts})
-    return rows
 
 
 def difference(rewards):
@@ -211,7 +190,9 @@ if __name__ == "__main__":
             picked = np.random.default_rng((args.seed, 0, 2)).permutation(len(train))[: args.meta_prompts or None]
             prompts = [read_row(rows[train[int(i)]["row"]])[0] for i in picked]
             flag = "--policy" if args.policy else "--model"
-            responses = sample_responses(args.policy or name, flag, prompts, args, device)
+            # UNSTATED: the temperature; a developer says that it was somewhat raised.
+            responses = sample_responses(
+                args.policy or name, flag, prompts, args.responses, (args.seed, 0, 1), args, device)
         source = given or "the sampled responses"
         meta = tokenize(datasets.Dataset.from_list(responses) if given is None else load_rows(given), source, tokenizer,
                         args.max_length, ("prompt", "responses"))

@@ -42,10 +42,10 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from common import (
-    RANK, WORLD, Log, RewardModel, all_sum, barrier, collate, encode_prompts, fail, last_checkpoint, load_checkpoint,
-    load_language_model, load_reward_model, load_rows, load_tokenizer, micro_batches, one_line, read_row, replaced,
-    respond, response_tokens, save_checkpoint, save_model, say, score, settle, setup, shard, shares_prompts, step_rows,
-    toy_gold, toy_model)
+    RANK, WORLD, Log, RewardModel, all_sum, as_answers, barrier, collate, encode_answers, encode_prompts, fail,
+    last_checkpoint, load_checkpoint, load_language_model, load_reward_model, load_rows, load_tokenizer, micro_batches,
+    one_line, read_row, replaced, respond, response_tokens, save_checkpoint, save_model, say, score, settle, setup,
+    shard, shares_prompts, step_rows, toy_gold, toy_model)
 
 # UNSTATED: whether the paper's 32 are prompts or responses (here prompts), the clips of ratio and value (here those of
 # the authors' released PPO), the whitening.
@@ -197,9 +197,9 @@ def load_prompts(source, split, tokenizer, args, most=None):
         prompts += [prompt] if prompt and (isinstance(prompt, list) or prompt.strip()) else []
     if not prompts:
         fail(f"{source}: no prompt in {len(rows):,} rows")
-    texts, ids, cut = encode_prompts(prompts, tokenizer, args.max_length - args.max_new_tokens)
-    say(f"{source}: {len(texts):,} prompts of {len(rows):,} rows" + f"; {cut:,} cut" * (cut > 0))
-    return Prompts(texts, ids, source.split(":")[0] == "toy")
+    ids, cut = encode_prompts(prompts, tokenizer, args.max_length - args.max_new_tokens)
+    say(f"{source}: {len(ids):,} prompts of {len(rows):,} rows" + f"; {cut:,} cut" * (cut > 0))
+    return Prompts(prompts, ids, source.split(":")[0] == "toy")
 
 
 def as_rows(prompts, answers, ends_with=None):
@@ -281,7 +281,7 @@ class Moments(nn.Module):
 
 
 class Prompts(NamedTuple):
-    """N prompts, as texts and as lists of token ids; and whether they are the toy world's, so that gold is known."""
+    """N prompts, as texts or lists of messages and as token ids; whether they are the toy world's: gold is known."""
     texts: list
     ids: list
     toy: bool
@@ -318,9 +318,15 @@ class Judged(NamedTuple):
 def judge(prompts, answers, models, tokenizer, args, device):
     """N prompts and `respond`'s answers to them -> Judged."""
     eos, said = tokenizer.eos_token_id, [tokenizer.batch_decode(answer, skip_special_tokens=True) for answer in answers]
-    rows = as_rows(prompts.ids, answers)
     # The reward model learnt from responses that end; one that does not is shown to it as if it did.
-    scores = score(models["reward"], as_rows(prompts.ids, answers, eos), args.micro_tokens, device).to(device)
+    rows, shown = as_rows(prompts.ids, answers), as_rows(prompts.ids, answers, eos)
+    if models["reader"]:  # and if its tokens are not the policy's, it is shown the text
+        shown = as_rows(*zip(*(
+            encode_answers(prompt, as_answers(prompt, answer, tokenizer), models["reader"], args.max_length)[:2]
+            for prompt, answer in zip(prompts.texts, answers))))
+    scores = score(models["reward"], shown, args.micro_tokens, device).to(device)
+    if not scores.isfinite().all():
+        fail(f"{(~scores.isfinite()).sum():,} scores of the reward model are not finite: its weights must be broken")
     gold = [[toy_gold(text, y) if prompts.toy else math.nan for y in ys] for text, ys in zip(prompts.texts, said)]
     ended = [[y[-1] == eos for y in answer] for answer in answers]
     (logp, real), (reference, _) = (
@@ -359,7 +365,7 @@ def say_samples(when, metrics, samples):
         row = next(row for row in samples if row["set"] == name)
         means = {key.removeprefix(f"{name}/"): value for key, value in metrics.items() if key.startswith(f"{name}/")}
         say(f"{when}, {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in means.items())
-            + f"; for one, {row['prompt'][-60:]!r}: {row['response'][:60]!r}")
+            + f"; for one, {str(row['prompt'])[-60:]!r}: {row['response'][:60]!r}")
 
 
 def train_reward_model(folder, start, policy, args):
@@ -418,15 +424,19 @@ if __name__ == "__main__":
         if judged_by != args.reward_model:
             start = judges[number - 1] if number and args.rm_from == "last" else sft
             train_reward_model(judged_by.parent, start, latest, args)
-        if load_tokenizer(judged_by, None).get_vocab() != tokenizer.get_vocab():
-            fail(f"--reward-model {judged_by} has another tokenizer than --model {sft}: it is handed tokens, not text")
-        dtype = getattr(torch, args.dtype)
+        reader, critic_from, dtype = load_tokenizer(judged_by, None), judged_by, getattr(torch, args.dtype)
+        if foreign := reader.get_vocab() != tokenizer.get_vocab():
+            # UNSTATED: a critic reads the policy's tokens, so it cannot start from a model that has others.
+            critic_from = sft
+            say(f"{judged_by} has another tokenizer than {sft}: it reads text, and the critic starts from the latter")
         policy = load_policy(latest if args.policy_from == "last" else sft, tokenizer, device, args)
         critic = load_reward_model(
-            judged_by, tokenizer, device, dtype, args.seed, args.max_length, args.gradient_checkpointing)
-        models = {"policy": policy, "reward": load_reward_model(
-            judged_by, tokenizer, device, dtype, args.seed, args.max_length).requires_grad_(False), "reference":
-            load_policy(latest if args.reference == "last" else sft, tokenizer, device, args).requires_grad_(False)}
+            critic_from, tokenizer, device, dtype, args.seed, args.max_length, args.gradient_checkpointing)
+        reward_model = load_reward_model(
+            judged_by, reader, device, dtype, args.seed, args.max_length, flag="--reward-model").requires_grad_(False)
+        reference = load_policy(latest if args.reference == "last" else sft, tokenizer, device, args)
+        models = {"policy": policy, "reference": reference.requires_grad_(False), "reward": reward_model,
+                  "reader": reader if foreign else None}
         parts = nn.ModuleDict({"policy": policy, "critic": critic, "moments": (moments := Moments())})
         optimizers = [torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
                       for part, lr, eps in ((policy, args.lr, 1e-6), (critic, args.critic_lr, 1e-8))]
@@ -461,6 +471,7 @@ if __name__ == "__main__":
             if args.whiten:
                 all_of_them = old["advantage"][real]
                 old["advantage"] = (old["advantage"] - all_of_them.mean()) / (all_of_them.std() + 1e-8)
+            judged_at = time.time() - began
 
             # learn from them
             orders = [np.random.default_rng((args.seed, step, i)).permutation(len(picked)) for i in range(args.epochs)]
@@ -505,7 +516,8 @@ if __name__ == "__main__":
                 "return": returns[real].mean().item(), "explained_variance": 1 - unexplained.item(),
                 "reward_clipped": clipped, "stopped": float(stopped), "grad_norm": norms[0],
                 "critic_grad_norm": norms[1], "lr": optimizers[0].param_groups[0]["lr"],
-                "rollout_seconds": rolled, "step_seconds": time.time() - began}.items()}
+                "rollout_seconds": rolled, "scoring_seconds": judged_at - rolled,
+                "update_seconds": time.time() - began - judged_at}.items()}
             metrics |= {f"before/{key}": value for key, value in before.items()}
             before, ends = {}, step + 1 == first + args.iterations
             if ends or args.eval_every and (i + 1) % args.eval_every == 0:

@@ -179,6 +179,14 @@ def test_encoders_are_refused(config, words, tmp_path, tokenizer):
         load(config, tmp_path, tokenizer)
 
 
+def test_what_is_no_reward_model_is_refused(llama, tmp_path, tokenizer):
+    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**TINY)).save_pretrained(tmp_path)  # 2 labels
+    for name, flag, words in ((tmp_path, "--model", "2 labels"), (tmp_path, "--reward-model", "2 labels"),
+                              (llama, "--reward-model", "no reward model: it lacks score.weight")):
+        with pytest.raises(SystemExit, match=f"^error: {flag} {name}.* {words}"):
+            common.load_reward_model(name, tokenizer, torch.device("cpu"), torch.float32, 0, 32, flag=flag)
+
+
 def test_incomplete_weights_are_refused(llama, tmp_path, tokenizer):
     model = transformers.LlamaForCausalLM.from_pretrained(llama)
     weights = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up_proj" not in k}

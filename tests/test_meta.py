@@ -196,9 +196,10 @@ def test_long_prompts_are_cut_before_sampling(tmp_path, tokenizer):
     policy.generation_config.repetition_penalty, policy.generation_config.num_beams = 50.0, 2
     policy.save_pretrained(tmp_path / "policy")
     tokenizer.save_pretrained(tmp_path / "policy")
-    args = argparse.Namespace(responses=2, temperature=1.0, max_new_tokens=5, max_length=20, sample_batch=4, seed=0)
+    args = argparse.Namespace(temperature=1.0, max_new_tokens=5, max_length=20, sample_batch=4)
     prompts = ["name two fruits " * 30, "name two tools "]
-    rows = meta_rm.sample_responses(tmp_path / "policy", "--policy", prompts, args, torch.device("cpu"))
+    rows = common.sample_responses(
+        tmp_path / "policy", "--policy", prompts, 2, (0, 0, 1), args, torch.device("cpu"))
     assert [row["prompt"] for row in rows] == prompts
     assert not any(answer.startswith(" ") for row in rows for answer in row["responses"])  # the prompts end in a space
     model = common.load_language_model(tmp_path / "policy", "--policy", torch.float32, tokenizer, 0.7, 5)

@@ -177,12 +177,39 @@ def test_prompts(tokenizer, tmp_path, capsys, monkeypatch):
     rows = [{"prompt": "name two fruits"}, {"prompt": "name three tools and four trees"}, {"prompt": " "}]
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = ppo_loop.load_prompts("p.jsonl", "train", tokenizer, small_args(max_length=10, max_new_tokens=5))
-    assert prompts.texts == ["name two fruits", "name three tools and four trees"] and not prompts.toy
+    assert prompts.texts == [row["prompt"] for row in rows[:2]] and not prompts.toy
     assert tokenizer.batch_decode(prompts.ids) == ["<s> name two fruits", "<s> tools and four trees"]
     assert "p.jsonl: 2 prompts of 3 rows; 1 cut" in capsys.readouterr().out
     prompts = ppo_loop.load_prompts("toy:id", "test", tokenizer, small_args(), 7)
     assert len(prompts.ids) == 7 and prompts.toy
     assert prompts.texts == [row["prompt"] for row in common.toy_comparisons("id", n=7)]
+
+
+def test_reward_model_of_another_tokenizer_reads_the_text(llama, tokenizer, script, tmp_path):
+    """The same reward model with its words numbered otherwise gives the same scores, and a run with it works."""
+    torch.manual_seed(1)
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig.from_pretrained(llama, num_labels=1))
+    order = [*range(4), *np.random.default_rng(0).permutation(np.arange(4, len(common.WORDS))).tolist()]
+    for name in ("same", "other"):
+        if name == "other":
+            weight = model.model.embed_tokens.weight.data
+            weight[order] = weight.clone()
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    words = json.loads(Path("other/tokenizer.json").read_text())
+    words["model"]["vocab"] = {word: order[i] for i, word in enumerate(common.WORDS)}
+    Path("other/tokenizer.json").write_text(json.dumps(words))
+    prompts = ppo_loop.load_prompts("toy:id", "test", tokenizer, small_args(), 4)
+    said = ["fig", "fig pear plum", "red", "red red"], ["</s>", "fig </s>", "five </s>", "cat"]
+    answers = [tokenizer(list(texts), add_special_tokens=False).input_ids for texts in said for _ in range(2)]
+    policy, scores = ppo_loop.load_policy(llama, tokenizer, CPU, small_args()), {}
+    for name in ("same", "other"):
+        reader = common.load_tokenizer(name, None)
+        models = {"policy": policy, "reference": policy, "reader": reader if name == "other" else None,
+                  "reward": common.load_reward_model(name, reader, CPU, torch.float32, 0, 64)}
+        scores[name] = ppo_loop.judge(prompts, answers, models, tokenizer, small_args(micro_tokens=100), CPU).scores
+    assert torch.allclose(scores["same"], scores["other"], atol=1e-5) and scores["same"].std() > 0.01
+    assert "other has another tokenizer" in script("ppo_loop.py", *SMALL, "--iterations", 1, "--reward-model", "other")
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -296,19 +323,21 @@ def test_updates_end_at_the_target(script):
     (["--prompts", "bad.jsonl"], "bad.jsonl: row 1: "),
     (["--prompts", "empty.jsonl"], "empty.jsonl: no prompt in 1 rows"),
     (["--reward-model", "nowhere"], "nowhere"),
-    (["--reward-model", "other"], "another tokenizer"),
+    (["--reward-model", "rm"], "scores of the reward model are not finite"),
     (["--model", "rm"], "is no language model: lm_head.weight"),
+    (["--reward-model", "lm"], "--reward-model lm is no reward model: it lacks score.weight"),
     (["--lr", "1e30", "--clip", "1e30"], "lower --lr or --critic-lr"),
 ])
 def test_bad_input(flags, words, script, llama, tokenizer):
     Path("bad.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
     Path("empty.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
     config = transformers.LlamaConfig.from_pretrained(llama, num_labels=1)
-    for name in ("rm", "other"):
-        transformers.LlamaForSequenceClassification(config).save_pretrained(name)
+    model = transformers.LlamaForSequenceClassification(config)
+    model.score.weight.data.fill_(math.nan)
+    model.save_pretrained("rm")
+    transformers.LlamaForCausalLM.from_pretrained(llama).save_pretrained("lm")
+    for name in ("rm", "lm"):
         tokenizer.save_pretrained(name)
-    words_of = json.loads(Path("other/tokenizer.json").read_text().replace('"fig"', '"gif"'))
-    Path("other/tokenizer.json").write_text(json.dumps(words_of))
     with pytest.raises(SystemExit) as error:
         script("ppo_loop.py", *SMALL, *flags)
     assert words in str(error.value) and "\n" not in str(error.value)
