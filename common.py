@@ -353,6 +353,21 @@ def load_rows(source, split="train"):
         fail(f"{source}: {broken_line(source) or one_line(error.__cause__ or error)}")
 
 
+def load_prompts(source, split, most=None):
+    """The prompts of the first `most` rows, rows in any form or with a `prompt` alone: texts or lists of messages, None
+    and empty ones left out and counted. Exits naming the row that cannot be read."""
+    prompts, rows = [], load_rows(source, split)
+    rows = rows.take(min(most or len(rows), len(rows)))
+    for number, row in enumerate(rows, 1):
+        try:
+            prompts.append(read_row(row)[0] if row.keys() & {"chosen", "responses"} else row["prompt"])
+        except (KeyError, ValueError) as error:
+            fail(f"{source}: row {number}: {one_line(error)}")
+    prompts = [prompt for prompt in prompts if prompt and (isinstance(prompt, list) or prompt.strip())]
+    say(f"{source}: {len(prompts):,} prompts of {len(rows):,} rows")
+    return prompts or fail(f"{source}: no prompt in {len(rows):,} rows")
+
+
 def broken_line(path):
     """The number and fault of the first line of a JSON-lines file that is no JSON object; "no rows"; or None."""
     number = 0

@@ -43,8 +43,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from common import (
     RANK, WORLD, Log, RewardModel, all_sum, as_answers, barrier, collate, encode_answers, encode_prompts, fail,
-    last_checkpoint, load_checkpoint, load_language_model, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    one_line, read_row, replaced, respond, response_tokens, save_checkpoint, save_model, say, score, settle, setup,
+    last_checkpoint, load_checkpoint, load_language_model, load_prompts, load_reward_model, load_tokenizer,
+    micro_batches, replaced, respond, response_tokens, save_checkpoint, save_model, say, score, settle, setup,
     shard, shares_prompts, step_rows, toy_gold, toy_model)
 
 # UNSTATED: whether the paper's 32 are prompts or responses (here prompts), the clips of ratio and value (here those of
@@ -184,21 +184,13 @@ def load_policy(name, tokenizer, device, args):
     return policy
 
 
-def load_prompts(source, split, tokenizer, args, most=None):
-    """The first `most` rows, in any form -> Prompts. Of a prompt, its BOS and newest tokens are kept, --max-length less
-    --max-new-tokens of them; comparisons with two prompts are left out; both are counted. Exits naming the row that
-    cannot be read."""
-    prompts, rows = [], load_rows(source, split)
-    for number, row in enumerate(rows.take(min(most or len(rows), len(rows))), 1):
-        try:
-            prompt = read_row(row)[0] if row.keys() & {"chosen", "responses"} else row["prompt"]
-        except (KeyError, ValueError) as error:
-            fail(f"{source}: row {number}: {one_line(error)}")
-        prompts += [prompt] if prompt and (isinstance(prompt, list) or prompt.strip()) else []
-    if not prompts:
-        fail(f"{source}: no prompt in {len(rows):,} rows")
+def prepare_prompts(source, split, tokenizer, args, most=None):
+    """The prompts of the first `most` rows -> Prompts. Of each its BOS and newest tokens are kept, --max-length less
+    --max-new-tokens of them, which is counted. Exits naming the row that cannot be read."""
+    prompts = load_prompts(source, split, most)
     ids, cut = encode_prompts(prompts, tokenizer, args.max_length - args.max_new_tokens)
-    say(f"{source}: {len(ids):,} prompts of {len(rows):,} rows" + f"; {cut:,} cut" * (cut > 0))
+    if cut:
+        say(f"{source}: {cut:,} prompts cut")
     return Prompts(prompts, ids, source.split(":")[0] == "toy")
 
 
@@ -407,8 +399,8 @@ if __name__ == "__main__":
     done = sum((out / f"round-{i + 1}/policy").exists() for i in range(args.rounds)) * args.resume  # rounds
     begin = max(done * args.iterations, last_checkpoint(out)) if args.resume else 0
     tokenizer = load_tokenizer(sft, None)
-    prompts = load_prompts(args.prompts or args.data, "train", tokenizer, args)
-    sets = {key: load_prompts(source, "test", tokenizer, args, args.eval_prompts)
+    prompts = prepare_prompts(args.prompts or args.data, "train", tokenizer, args)
+    sets = {key: prepare_prompts(source, "test", tokenizer, args, args.eval_prompts)
             for key, source in (pair.split("=", 1) for pair in args.eval_data)}
     log.start(begin, args.rounds * args.iterations, *([len(x) for x in part.ids] for part in (prompts, *sets.values())))
 

@@ -176,11 +176,11 @@ def test_prompts(tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": "name two fruits"}, {"prompt": "name three tools and four trees"}, {"prompt": " "}]
     Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts = ppo_loop.load_prompts("p.jsonl", "train", tokenizer, small_args(max_length=10, max_new_tokens=5))
+    prompts = ppo_loop.prepare_prompts("p.jsonl", "train", tokenizer, small_args(max_length=10, max_new_tokens=5))
     assert prompts.texts == [row["prompt"] for row in rows[:2]] and not prompts.toy
     assert tokenizer.batch_decode(prompts.ids) == ["<s> name two fruits", "<s> tools and four trees"]
-    assert "p.jsonl: 2 prompts of 3 rows; 1 cut" in capsys.readouterr().out
-    prompts = ppo_loop.load_prompts("toy:id", "test", tokenizer, small_args(), 7)
+    assert "p.jsonl: 2 prompts of 3 rows\np.jsonl: 1 prompts cut" in capsys.readouterr().out
+    prompts = ppo_loop.prepare_prompts("toy:id", "test", tokenizer, small_args(), 7)
     assert len(prompts.ids) == 7 and prompts.toy
     assert prompts.texts == [row["prompt"] for row in common.toy_comparisons("id", n=7)]
 
@@ -199,7 +199,7 @@ def test_reward_model_of_another_tokenizer_reads_the_text(llama, tokenizer, scri
     words = json.loads(Path("other/tokenizer.json").read_text())
     words["model"]["vocab"] = {word: order[i] for i, word in enumerate(common.WORDS)}
     Path("other/tokenizer.json").write_text(json.dumps(words))
-    prompts = ppo_loop.load_prompts("toy:id", "test", tokenizer, small_args(), 4)
+    prompts = ppo_loop.prepare_prompts("toy:id", "test", tokenizer, small_args(), 4)
     said = ["fig", "fig pear plum", "red", "red red"], ["</s>", "fig </s>", "five </s>", "cat"]
     answers = [tokenizer(list(texts), add_special_tokens=False).input_ids for texts in said for _ in range(2)]
     policy, scores = ppo_loop.load_policy(llama, tokenizer, CPU, small_args()), {}
@@ -222,7 +222,7 @@ def test_bandit_reaches_its_optimum(script, llama, tokenizer):
            "runs/baseline_rm/model", "--iterations", 120, "--batch-size", 1, "--rollouts", 256, "--max-new-tokens", 1,
            "--reward-scaling", "none", "--reward-clip", 0, "--missing-eos-penalty", 0, "--kl", 0.5, "--lr", 3e-3,
            "--critic-lr", 1e-2)
-    prompt = ppo_loop.load_prompts("one.jsonl", "train", tokenizer, small_args()).ids[0]
+    prompt = ppo_loop.prepare_prompts("one.jsonl", "train", tokenizer, small_args()).ids[0]
     start, end = (transformers.AutoModelForCausalLM.from_pretrained(name) for name in (llama, f"{RUN}/round-1/policy"))
     reward = transformers.AutoModelForSequenceClassification.from_pretrained("runs/baseline_rm/model")
     words, eos = range(len(tokenizer)), tokenizer.eos_token_id
