@@ -17,6 +17,8 @@ down to swapping chosen and rejected in some pairs, and giving each pair two num
 
 They combine in this order, each share being one of what the flags before it left; without any this is baseline_rm.py.
 (Soft targets are what the strength says, whoever was called chosen: beside them --flip changes nothing.)
+--unlabelled FILE adds pairs that were voted on but have no label, such as a policy's own, with t = sigmoid(mu).
+
 The paper's "soft label + margin" can be read in three ways:
 
     S1, as the text has it    --margin --smoothing 0.2 --smooth-on negative
@@ -33,6 +35,7 @@ import argparse
 import math
 import time
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -92,6 +95,7 @@ def parse_args():
     add("--smoothing", type=float, default=0.0, metavar="A", help="label smoothing; 0: none (the paper: probably 0.2)")
     add("--smooth-on", choices=["all", "negative"], default="all", help="smooth all pairs, or those of strength < 0")
     add("--soft-targets", type=float, default=0.0, metavar="T", help="temperature of targets sigmoid(mu / T); 0: hard")
+    add("--unlabelled", metavar="FILE", help="voted on by vote_strength.py --eval-data: more pairs, with soft targets")
     add("--noise-rate", type=float, default=0.0, metavar="E", help="of the unbiased loss, below 0.5; 0: none")
     args = settle(parser.parse_args(), DEFAULTS, EVAL_DATA, WORLD)
     limits = {"drop": 1, "flip": 1, "smoothing": 0.5, "noise_rate": 0.4999, "soft_targets": math.inf}
@@ -106,13 +110,13 @@ def parse_args():
     return args
 
 
-def read_strength(source, rows, index):
+def read_strength(source, rows, index, flag="--strength"):
     """The strengths (N,) of the rows that `index` (N,) numbers, from a source with the same rows in the same order; NaN
     where a row has none. Exits if it is about other rows."""
     voted = load_rows(source)
     for column in (STRENGTH, "chosen", "rejected"):
         if column not in voted.column_names:
-            fail(f"--strength {source}: no column '{column}', it has {', '.join(voted.column_names)}")
+            fail(f"{flag} {source}: no column '{column}', it has {', '.join(voted.column_names)}")
     if len(voted) != len(rows):
         fail(f"--strength {source} has {len(voted):,} rows, the data {len(rows):,}: let vote_strength.py vote on these")
     for column in {"prompt", "chosen", "rejected"} & {*voted.column_names} & {*rows.column_names}:
@@ -122,7 +126,7 @@ def read_strength(source, rows, index):
     try:
         return np.array(voted[STRENGTH][:], float)[index]
     except (TypeError, ValueError) as error:
-        fail(f"--strength {source}: '{STRENGTH}' is not a number everywhere: {one_line(error)}")
+        fail(f"{flag} {source}: '{STRENGTH}' is not a number everywhere: {one_line(error)}")
 
 
 def select(strength, percentiles=(0, 100), drop=0.0):
@@ -222,6 +226,16 @@ if __name__ == "__main__":
         train, strength = train.select(kept), strength[kept]
     swap, margin, target = targets(strength, args.flip, args.margin, args.smoothing, args.smooth_on, args.soft_targets,
                                    args.noise_rate)
+    if args.unlabelled:
+        more = load_rows(args.unlabelled)
+        mu = read_strength(args.unlabelled, more, np.arange(len(more)), "--unlabelled")
+        added = tokenize(more, args.unlabelled, tokenizer, args.max_length)
+        mu = mu[np.array(added["row"][:])]
+        train = datasets.concatenate_datasets([part.select_columns(["prompt_ids", "response_ids", "length"])
+                                               for part in (train, added.select(np.flatnonzero(np.isfinite(mu))))])
+        mu = mu[np.isfinite(mu)]
+        swap, margin = (np.append(x, np.zeros_like(x, shape=len(mu))) for x in (swap, margin))
+        target = np.append(target, 1 / (1 + np.exp(-mu)))
     say(f"{swap.sum():,} pairs flipped, {(target != 1).sum():,} targets other than 1, mean margin {margin.mean():.3f}")
     swap, margin, target = (torch.tensor(x, device=device) for x in (swap, margin.astype("f4"), target.astype("f4")))
     lengths = np.array(train["length"][:])

@@ -11,6 +11,7 @@ data. Each votes on every comparison with its margin, and the strength of a comp
 
     torchrun vote_strength.py                                        the toy world, ten members
     torchrun --nproc_per_node 8 vote_strength.py --model my-sft-model --data train.jsonl      a member per GPU at a time
+    python vote_strength.py --eval-data policy=runs/meta_rm/meta.jsonl     and on what a policy said, which has no label
 
 The rows go, with their strength and all votes, to <output-dir>/train.jsonl, under the column names of the authors'
 release. Watch the table: the weakest groups hold the wrong labels.
@@ -25,6 +26,7 @@ import re
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,16 @@ def fit(name, tokenizer, data, args, seed, device, ranks, log):
     return model
 
 
+def as_pairs(rows):
+    """Rows as they are or, of a prompt with k responses, such as meta_rm.py samples, their k // 2 disjoint pairs; which
+    of the two is called chosen says nothing."""
+    if "chosen" in rows.column_names or "responses" not in rows.column_names:
+        return rows
+    return datasets.Dataset.from_list([
+        {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+        for row in rows for chosen, rejected in zip(row["responses"][::2], row["responses"][1::2])])
+
+
 def read_votes(path, sets):
     """The votes of one member, {set: rewards (N, 2)}, or None if it has not voted. Exits if the file is broken."""
     if not path.exists():
@@ -224,7 +236,7 @@ if __name__ == "__main__":
     # data
     name = toy_model() if args.model == "toy" else args.model
     sources = {"train": args.data, **dict(pair.split("=", 1) for pair in args.eval_data)}
-    raw = {key: load_rows(source, "train" if key == "train" else "test") for key, source in sources.items()}
+    raw = {key: as_pairs(load_rows(source, "train" if key == "train" else "test")) for key, source in sources.items()}
     if args.label and args.label not in raw["train"].column_names:
         fail(f"--label {args.label}: {args.data} has only {', '.join(raw['train'].column_names)}")
     tokenizer = load_tokenizer(args.tokenizer or name, raw["train"])

@@ -68,14 +68,14 @@ def prepare(folder, seed):
     import transformers
 
     import common
-    import meta_rm
     transformers.AutoConfig.from_pretrained(common.toy_model()).to_json_file(folder / "random.json")
     common.toy_tokenizer().save_pretrained(folder / "tokenizer")
     rng = random.Random(seed)
     prompts = [row["prompt"] for row in common.toy_comparisons(n=1000, seed=seed)]
     args = argparse.Namespace(
-        responses=5, temperature=1.0, max_new_tokens=12, max_length=64, sample_batch=32, seed=seed)
-    sft = meta_rm.sample_responses(common.toy_model(), "--policy", prompts, args, meta_rm.torch.device("cpu"))
+        temperature=1.0, max_new_tokens=12, max_length=64, sample_batch=32)
+    sft = common.sample_responses(
+        common.toy_model(), "--policy", prompts, 5, (seed, 0, 1), args, common.torch.device("cpu"))
     shifted = [{"prompt": prompt, "responses": [common.toy_response(rng, prompt, rng.uniform(0.8, 1))
                                                 for _ in range(5)]} for prompt in prompts]
     for name, rows in (("sft", sft), ("shifted", shifted)):

@@ -27,6 +27,7 @@ def softplus(x):
     return np.log1p(np.exp(x))
 
 
+softplus_of = torch.nn.functional.softplus
 RNG = np.random.default_rng(0)
 STRENGTH, ZERO = RNG.normal(0.7, 1.0, 1000), np.zeros((1000, 2))
 SUSPECT = STRENGTH < np.quantile(STRENGTH, 0.1)
@@ -164,6 +165,29 @@ def test_every_pair_gets_its_own_margin_and_target(script, voted, llama, tokeniz
     assert records("runs/denoise_rm")[0]["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
+def test_pairs_without_a_label_get_soft_targets(script, voted, llama, tokenizer):
+    """96 labelled pairs, and 95 voted on of 96 without label: the first gradient against one graph over the batch."""
+    path, rows = voted
+    out = script("denoise_rm.py", "--unlabelled", path, "--flip", 0.3, "--strength", path, "--batch-size", 190)
+    assert "28 pairs flipped, 95 targets other than 1" in out and records("runs/denoise_rm")[0]["pairs"] == 190
+    cpu = torch.device("cpu")
+    model = common.load_reward_model(llama, tokenizer, cpu, torch.float32, 0, 64)
+    data = common.tokenize(common.load_rows("toy:n=96"), "toy", tokenizer, 64).select(range(1, 96))
+    strength = torch.tensor([row["mean preference difference"] for row in rows[1:]])
+    rewards = model(common.collate(data, np.arange(95), cpu))
+    margin = rewards[:, 0] - rewards[:, 1]
+    swap = torch.zeros(95, dtype=bool)
+    swap[strength.argsort()[:28]] = True
+    t = strength.sigmoid()
+    losses = torch.cat([softplus_of(torch.where(swap, margin, -margin)),
+                        t * softplus_of(-margin) + (1 - t) * softplus_of(margin)])
+    losses.mean().backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    first = records("runs/denoise_rm")[0]
+    assert first["train/objective"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert first["train/grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
 def test_strengths_go_to_their_rows(voted):
     path, rows = voted
     strength = denoise_rm.read_strength(str(path), common.load_rows("toy:n=96"), np.array([0, 3, 7]))
@@ -215,6 +239,7 @@ def test_labels_and_strengths_that_say_nothing():
     (["--flip", "0.1", "--strength", "text.jsonl"], "'mean preference difference' is not a number everywhere"),
     (["--flip", "0.1", "--strength", "prompt.jsonl"], "--strength prompt.jsonl: row 2 is not that of the data"),
     (["--flip", "0.1", "--strength", "bare.jsonl"], "bare.jsonl: no column 'chosen'"),
+    (["--unlabelled", "column.jsonl"], "--unlabelled column.jsonl: no column 'mean preference difference'"),
     (["--smooth-on", "negative"], "--smoothing has to say how much"),
     (["--smoothing", "0.6"], "--smoothing 0.6 is not between 0 and 0.5"),
     (["--flip", "0.1", "--strength", "column.jsonl"], "column.jsonl: no column 'mean preference difference'"),

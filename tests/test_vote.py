@@ -73,6 +73,16 @@ def test_rows_come_back_with_their_votes(script, tmp_path):
     json.loads((RUN / "report.json").read_text(), parse_constant=pytest.fail)
 
 
+def test_responses_without_a_label_are_voted_on(script):
+    """Five responses make two pairs, beside the comparisons that the members learn from."""
+    row = {"prompt": "\n\nHuman: name two fruits\n\nAssistant:", "responses": [" fig", " dog", " kiwi", " plum", " pear"]}
+    Path("meta.jsonl").write_text(json.dumps(row) + "\n")
+    script("vote_strength.py", "--members", 2, "--eval-data", "policy=meta.jsonl")
+    pairs = [json.loads(line) for line in (RUN / "policy.jsonl").read_text().splitlines()]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(" fig", " dog"), (" kiwi", " plum")]
+    assert all(pair["prompt"] == row["prompt"] and len(pair["chosen score list"]) == 2 for pair in pairs)
+
+
 def test_a_member_is_a_baseline_run(script):
     """Seed 7, from start to scores: neither script can change alone."""
     script("vote_strength.py", "--members", 2, "--seed", 6)
