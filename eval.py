@@ -317,7 +317,7 @@ def overlap(features):
 
 
 def second_label(values):
-    """What a second label says of each comparison: (N,) above 0 for chosen, below for rejected. 1, 0 and -1 (chosen,
+    """A column of second labels -> how much it is for chosen (N,), NaN where it says nothing: 1, 0 and -1 (chosen,
     rejected, neither) become 1, -1 and NaN; votes [chosen, rejected, ...] their difference."""
     def side(value):
         if isinstance(value, list):

@@ -1,8 +1,9 @@
 """The experiments behind the README's tables on ppo_loop.py, in the toy world, with the scripts as they are.
 
-    python tests/claims.py && python tests/claims_ppo.py --jobs 2       the reward models, then PPO against them
+    python tests/claims.py && python tests/claims_meta.py && python tests/claims_ppo.py --jobs 2
 
-Every seed has its comparisons, its voters and reward models, those of claims.py, and its own order and samples in PPO.
+the former two for the reward models, then PPO against them.
+Every seed has its comparisons, its voters and reward models, and its own order and samples in PPO.
 """
 
 import argparse
@@ -17,11 +18,16 @@ import numpy as np
 
 from claims import FIGURE_8, ROOT, run, show, table, verdict
 
-RUNS, MODELS = Path("runs/claims_ppo"), Path("runs/claims/0.1").absolute()
+RUNS = Path("runs/claims_ppo")
 RM = ("--epochs 3 --batch-size 32 --lr 5e-4 --max-length 64 --micro-tokens 4096 --eval-every 0 --save-every 0 "
       "--meta-prompts 1000 --max-new-tokens 12 --ascent normalized")
 LONG = "--rounds 1 --iterations 300"
-RACES = [*((name, 0) for name in FIGURE_8), ("baseline", 0.2), ("soft targets, S3", 0.2)]
+RACES = {name: f"claims/0.1/{{seed}}/{name}, 1 epochs" for name in FIGURE_8}  # reward models, and where they are
+CONTRASTIVE = {"baseline, 3 epochs": "claims_meta/{seed}/toy/baseline", "SimCSE": "claims_meta/{seed}/toy/SimCSE",
+               "SwAV": "claims_meta/{seed}/toy/SwAV"}
+RACES |= CONTRASTIVE
+GENTLE = "baseline", "soft targets, S3", *CONTRASTIVE  # also with a KL penalty
+KLS = [*((name, 0) for name in RACES), *((name, 0.2) for name in GENTLE)]
 LOOPS = {
     "PPO once": f"{LONG} --method baseline",
     "rounds, no meta step": "--rounds 3 --method baseline",
@@ -44,10 +50,10 @@ def work(seed):
     sys.path.insert(0, str(ROOT))
     common = ["--data", f"toy:seed={seed}", "--seed", str(seed), "--save-every", "0",
               "--eval-data", f"id=toy:id,seed={seed}", f"ood=toy:ood,seed={seed}"]
-    for name, kl in RACES:
+    for name, kl in KLS:
         run("ppo_loop.py", RUNS / f"{seed}/{name}, KL {kl}", "round-1/policy", *common, "--rounds", "1",
             "--iterations", "200", "--eval-every", "0", "--kl", str(kl), "--reward-model",
-            str(MODELS / f"{seed}/{name}, 1 epochs/model"))
+            str(RUNS.parent / RACES[name].format(seed=seed) / "model"))
     for name, flags in LOOPS.items():
         last = "round-1/policy" if "once" in name else "round-3/policy"
         run("ppo_loop.py", RUNS / f"{seed}/{name}", last, *common, *flags_of(flags))
@@ -83,13 +89,13 @@ def tables(seeds):
         table([f"{key}, no KL penalty; KL:", *(f"{low} to {high}" for low, high in bins)], *(
             [name, *(show(np.array(values), 1, 2) if not np.isnan(values).any() else "" for values in (
                 [at_kl(seed, f"{name}, KL 0", key, *part) for seed in range(seeds)] for part in bins))]
-            for name in FIGURE_8))
+            for name in RACES))
     keys = "ppo/kl", "eval/id/gold", "eval/ood/gold", "eval/id/perplexity"
     start = [records(seed, "PPO once")[0][f"before/{name}/gold"] for name in ("id", "ood") for seed in range(seeds)]
     print("gold of the SFT model on id and ood:", *(show(x, 1, 2) for x in np.split(np.array(start), 2)), end="\n\n")
     table(["after 200 iterations", *keys], *(
         [name, *(show(last(name, key, seeds), 1, 2) for key in keys)]
-        for name in (f"{name}, KL {kl}" for name, kl in RACES)))
+        for name in (f"{name}, KL {kl}" for name, kl in KLS)))
     rows = []
     for name in LOOPS:
         for number in [1] if "once" in name else [1, 2, 3]:
@@ -119,6 +125,12 @@ def claims(seeds):
             ("section 2.5", "with it gold rises: baseline, KL 0.2 - SFT", gold("baseline, KL 0.2") - start)]
     rows += [("Fig. 9", f"without KL penalty {name} is over-optimised less: gold at KL 6 to 8, to the baseline",
               over(name, "gold", 6, 8) - over("baseline", "gold", 6, 8)) for name in FIGURE_8[1:]]
+    base, *names = CONTRASTIVE
+    rows += [("Fig. 12", f"without KL penalty {name} is over-optimised less: gold at KL 6 to 8, to the baseline",
+              over(name, "gold", 6, 8) - over(base, "gold", 6, 8)) for name in names]
+    rows += [("Fig. 13", f"with it {name} makes the better policy: gold on {key}, to the baseline",
+              gold(f"{name}, KL 0.2", f"eval/{key}/gold") - gold(f"{base}, KL 0.2", f"eval/{key}/gold"))
+             for name in names for key in ("id", "ood")]
     rows += [("Table 2", "MetaRM's rounds help: round 3 - round 1, gold on id",
               gold("rounds, MetaRM") - np.array([[x for x in records(seed, "rounds, MetaRM") if x["round"] == 1][-1][
                   "eval/id/gold"] for seed in range(seeds)])),
