@@ -533,7 +533,8 @@ def load_tokenizer(name, rows):
                         train_bpe(rows, size).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        fail(f"no tokenizer in {name}, give one with --tokenizer ({one_line(error)})")
+        hint = ", give one with --tokenizer" if rows is not None else ", or no model at all"
+        fail(f"no tokenizer in {name}{hint} ({one_line(error)})")
     if tokenizer.eos_token is None:
         fail(f"the tokenizer of {name} has no EOS token, and every response must end in one")
     if tokenizer.pad_token in (None, tokenizer.eos_token):

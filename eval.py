@@ -103,7 +103,8 @@ def parse_args():
     add("--tables", nargs="+", help="nothing of all this: read these eval.json and give means over the runs")
     add("--group-by", nargs="*", default=["table", "set", "model", "against", "by", "value", "n"],
         help="what makes records of --tables the same")
-    add("--output-dir", default="runs/eval", help="gets eval.md, eval.json, args.json and what the policies said")
+    add("--output-dir", help="gets eval.md, eval.json, args.json and what the policies said; by default runs/eval or, "
+        "with --tables, runs/tables")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--max-length", type=int, help="most tokens of a prompt with one response, cut as in training; by default 2048 "
         "or, where a model reads less, that")
@@ -116,6 +117,7 @@ def parse_args():
         help="of the computation; scores are float32 always")
     add("--plot", action="store_true", help="draw it all into --output-dir, as PNG and SVG, with matplotlib")
     args = parser.parse_args()
+    args.output_dir = args.output_dir or ("runs/tables" if args.tables else "runs/eval")
     if not any([args.tables, args.reward_models, args.eval_data, args.best_of_n, args.policies]):
         runs = [path.parent for path in sorted(Path("runs").glob("*/args.json"))
                 if json.loads(path.read_text()).get("model") == "toy"]
@@ -136,6 +138,9 @@ def parse_args():
     for name in ("eval_data", "best_of_n"):
         if not all("=" in pair.partition(":")[0] for pair in getattr(args, name)):
             fail(f"--{name.replace('_', '-')} {' '.join(getattr(args, name))}: give every set a name, as in test=FILE")
+    names = [pair.split("=", 1)[0] for pair in args.eval_data + args.best_of_n]
+    if len({*names}) < len(names):
+        fail(f"--eval-data and --best-of-n: give every set a name of its own, not {' '.join(names)}")
     least = {"micro_tokens": 1, "max_new_tokens": 1, "sample_batch": 1, "eval_prompts": 1,
              "judge_tokens": 1, "seed": 0, "tie_threshold": 0, "penalty": 0}
     for name, low in least.items():
@@ -154,8 +159,8 @@ def named(flag, values):
     """[NAME=]FOLDER, each -> {name: folder}; a folder without a name has that of its last part which is not `model`.
     Exits if two are alike."""
     pairs = [value.split("=", 1) if "=" in value.split("/")[0] else ["", value] for value in values]
-    result = {name or [part for part in Path(path).parts if part != "model"][-1]: path for name, path in pairs}
-    if len(result) < len(values):
+    result = {name or [path, *(x for x in Path(path).parts if x != "model")][-1]: path for name, path in pairs}
+    if len(result) < len(values) or result.keys() & {"mean", "worst", "average of weights", "oracle"}:
         fail(f"{flag} {' '.join(values)}: give each a name of its own, as in NAME=FOLDER")
     return result
 
@@ -184,14 +189,20 @@ def interval(values):
 # ----------------------------------------------------------------------------------------------------- reward models
 def read_item(row):
     """A row of a benchmark in its own form, or of a best-of-n set -> prompt, responses, how many of them are right
-    (they come first). Raises ValueError."""
+    (they come first). Raises ValueError or KeyError."""
     if "output_1" in row:  # LLMBar
         prompt, pair, first = row["input"], [row["output_1"], row["output_2"]], {"1": True, "2": False}
     elif "response_A" in row:  # JudgeBench
         prompt, pair, first = row["question"], [row["response_A"], row["response_B"]], {"A>B": True, "B>A": False}
     elif "responses" in row:
+        if not isinstance(row["responses"], list) or len(row["responses"]) < 2:
+            raise ValueError("'responses' is no list of two or more")
         return row["prompt"], row["responses"], 0
     else:  # RewardBench 2, RM-Bench
+        if not (row["chosen"] and row["rejected"] and isinstance(row["rejected"], list)):
+            raise ValueError("'chosen' and 'rejected' are no lists of one or more")
+        if row.get("subset") == "Ties" and not re.fullmatch(r"(ref|tied):\S+", str(row.get("id"))):
+            raise ValueError(f"it is one of Ties, but its id {row.get('id')!r} is not like ref:1 or tied:1")
         return row["prompt"], [*row["chosen"], *row["rejected"]], len(row["chosen"])
     if str(row.get("label")) not in first:
         raise ValueError(f"its label {row.get('label')!r} is none of {', '.join(first)}")
@@ -207,6 +218,8 @@ def load_set(source):
     several = "prompt" in one and isinstance(one["prompt"], str) and isinstance(one.get("chosen"), list) and all(
         isinstance(x, str) for x in one["chosen"])
     if not (several or columns & {"output_1", "response_A", "responses"}):
+        if STRENGTH in columns and not all(isinstance(x, float | int | None) for x in rows[STRENGTH][:]):
+            fail(f"{source}: the column '{STRENGTH}' does not hold numbers alone")
         return rows, None
     items = []
     for number, row in enumerate(rows, 1):
@@ -234,19 +247,22 @@ def dialogue(prompt, responses, tokenizer):
 
 
 def encode_items(items, source, tokenizer, max_length):
-    """`read_item`s -> a data set as `tokenize` makes it, but with all rows: an empty response is one, and so are two
-    that are alike. Exits naming a row that the tokenizer cannot write."""
-    rows, losses = [], 0
+    """`read_item`s -> a data set as `tokenize` makes it, but with all rows, an empty response being one as well; and
+    for each row where its responses stand, of which those that are alike stand once. Exits naming a row that the
+    tokenizer cannot write."""
+    rows, places, losses = [], [], 0
     for number, (prompt, responses, _) in enumerate(items, 1):
         try:
             ids, answers, cut = encode_answers(*dialogue(prompt, responses, tokenizer), tokenizer, max_length)
         except Exception as error:  # a chat template raises what it likes
             fail(f"{source}: row {number}: {one_line(error)}")
-        rows.append({"prompt_ids": ids, "response_ids": answers, "length": len(ids) + sum(map(len, answers)),
+        distinct = [*dict.fromkeys(map(tuple, answers))]
+        rows.append({"prompt_ids": ids, "response_ids": distinct, "length": len(ids) + sum(map(len, distinct)),
                      "row": number - 1})
+        places.append([distinct.index(tuple(answer)) for answer in answers])
         losses += cut
-    say(f"{source}: {len(rows):,} rows" + f"; {losses:,} prompts cut" * (losses > 0))
-    return datasets.Dataset.from_list(rows)
+    say(f"{source}: {len(rows):,} rows" + f"; {losses:,} cut" * (losses > 0))
+    return datasets.Dataset.from_list(rows), places
 
 
 def score_set(model, tokenizer, rows, items, source, args, device):
@@ -254,14 +270,16 @@ def score_set(model, tokenizer, rows, items, source, args, device):
     features (n, 2, hidden) of those that were not."""
     if items is None:
         data = tokenize(rows, source, tokenizer, args.max_length)
+        places = [[0, 1]] * len(data)
     else:
-        data = encode_items(items, source, tokenizer, args.max_length)
+        data, places = encode_items(items, source, tokenizer, args.max_length)
     sizes, where = np.array([len(x) for x in data["response_ids"][:]]), np.array(data["row"][:])
-    scores, features = np.full((len(rows), sizes.max()), math.nan), None
+    scores, features = np.full((len(rows), max(map(len, places))), math.nan), None
     for size in np.unique(sizes):
         part = np.flatnonzero(sizes == size)
         values, features = score(model, data.select(part), args.micro_tokens, device, source, with_features=True)
-        scores[where[part], :size] = values.numpy()
+        for i, row in zip(part, values.numpy()):
+            scores[where[i], : len(places[i])] = row[places[i]]
     return scores, features if items is None else None
 
 
@@ -290,6 +308,8 @@ def ties_score(scores, right, ids):
         stats[kind][number] = row[:n].min() - row[n:].max(), row[:n].max() - row[:n].min()
     ref, tied = stats["ref"], stats["tied"]
     both = [(tied[name][0], min(tied[name][0], ref[name][0]), tied[name][1]) for name in tied.keys() & ref.keys()]
+    if not both:
+        return math.nan
     parts = [np.mean([gap > 0 for gap, _ in kind.values()]) for kind in (ref, tied)]
     parts += [np.mean([gap > spread for gap, _, spread in both]), np.mean([gap > spread for _, gap, spread in both])]
     margin = np.mean([math.tanh(gap / spread - 1) if spread else np.sign(gap) for _, gap, spread in both])
@@ -304,7 +324,7 @@ def calibration(margin, bins=10):
     table = np.array([[confidence[which == b].mean(), right[which == b].mean(), (which == b).mean()]
                       for b in range(bins) if (which == b).any()])
     error = (np.abs(table[:, 0] - table[:, 1]) * table[:, 2]).sum()
-    return float(((right - confidence) ** 2).mean()), float(error), table
+    return float((1 / (1 + np.exp(margin)) ** 2).mean()), float(error), table
 
 
 def overlap(features):
@@ -380,10 +400,11 @@ def measure(rows, items, scores, features, first, by):
             part(column, value, (values == value) & ~ties)
     if (ties & read).any():
         special = ties_score(scores[ties & read], right[ties & read], np.array(rows["id"][:])[ties & read])
-        parts.append({"by": "subset", "value": "Ties", "rows": int((ties & read).sum()), "accuracy": special})
-        means = [x["accuracy"] for x in parts if x["by"] == "subset"]
-        parts.append({"by": "subset", "value": "all, with equal weights", "rows": int(read.sum()),
-                      "accuracy": float(np.mean(means))})
+        subsets = np.array(rows["subset"][:])
+        means = [special, *(np.nanmean(counted[subsets == name]) for name in np.unique(subsets[~ties]))]
+        parts += [{"by": "subset", "value": "Ties", "rows": int((ties & read).sum()), "accuracy": special},
+                  {"by": "subset", "value": "all, with equal weights", "rows": int(read.sum()),
+                   "accuracy": float(np.mean(means))}]
     if (right == 3).all() and scores.shape[1] == 6:  # RM-Bench: chosen and rejected, each in three styles, ever richer
         order, (i, j) = scores[read, :3, None] > scores[read, None, 3:], np.indices((3, 3))  # (n, chosen, rejected)
         styles = "concise", "plain", "markdown"
@@ -396,17 +417,20 @@ def measure(rows, items, scores, features, first, by):
 
 
 def average_of_weights(folders, path):
-    """WARM (arXiv 2401.12187): write the mean of the weights of several reward models as one. Exits if they differ in
-    shape."""
+    """WARM (arXiv 2401.12187): write the mean of the weights of several reward models as one; -> whether they have one,
+    shapes and tokenizers being alike."""
     models = [AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32) for folder in folders]
     states = [model.state_dict() for model in models]
-    shapes = [{name: x.shape for name, x in state.items()} for state in states]
-    if shapes.count(shapes[0]) < len(shapes):
-        fail(f"--ensemble {' '.join(map(str, folders))}: their weights differ in shape and cannot be averaged")
+    kinds = [({name: x.shape for name, x in state.items()}, load_tokenizer(folder, None).get_vocab())
+             for state, folder in zip(states, folders)]
+    if kinds.count(kinds[0]) < len(kinds):
+        say("--ensemble: the members differ in shape or tokenizer, so their weights have no average")
+        return False
     models[0].load_state_dict({name: sum(state[name].double() for state in states) / len(states) for name in states[0]})
     with replaced(path) as tmp:
         models[0].save_pretrained(tmp)
         load_tokenizer(folders[0], None).save_pretrained(tmp)
+    return True
 
 
 def ensemble(scores, penalty):
@@ -416,23 +440,22 @@ def ensemble(scores, penalty):
     return {"mean": mean, "worst": centred.min(0), f"mean - {penalty:g} variance": mean - penalty * centred.var(0)}
 
 
-def best_of_n(scores, gold):
+def best_of_n(scores, gold, sizes):
     """What the best of n of k responses by score is worth, on average over all choices of n: scores and gold (k,) ->
-    (k,) for n = 1 to k. The response of rank i (from 0) is the best of C(i, n - 1) of the C(k, n) choices."""
+    one value for each n in `sizes`. The response of rank i (from 0) is the best in C(i, n - 1) of C(k, n) choices."""
     gold = np.array([gold[scores == x].mean() for x in scores])  # equal scores take turns
     ordered, k = gold[np.argsort(scores)], len(scores)
-    return np.array([sum(math.comb(i, n - 1) * ordered[i] for i in range(k)) / math.comb(k, n)
-                     for n in range(1, k + 1)])
+    return np.array([sum(math.comb(i, n - 1) / math.comb(k, n) * ordered[i] for i in range(k)) for n in sizes])
 
 
 def true_scores(row):
     """A best-of-n row -> the true scores (k,) of its responses: its `scores`, or 1 for its `best` and 0 for the others.
     Raises ValueError."""
     k = len(row["responses"])
-    if row.get("scores") is None and row.get("best") is None:
-        raise ValueError("it has neither 'scores' nor 'best'")
+    if row.get("scores") is None and row.get("best") not in range(k):
+        raise ValueError(f"it has neither 'scores' nor a 'best' from 0 to {k - 1}")
     scores = np.array(np.arange(k) == row["best"] if row.get("scores") is None else row["scores"], float)
-    if scores.shape != (k,) or not np.isfinite(scores).all() or k < 2:
+    if scores.shape != (k,) or not np.isfinite(scores).all():
         raise ValueError(f"{len(scores)} scores of {k} responses, or some are no numbers")
     return scores
 
@@ -456,7 +479,7 @@ def answers_of(source, prompts, args, device):
         rows = sample_responses(source, "--policies", prompts, 1, (args.seed, 0, 5), args, device)
         return prompts, [row["responses"][0] for row in rows]
     rows = load_rows(source)
-    for column in {"prompt", "response"} - {*rows.column_names}:
+    for column in [name for name in ("prompt", "response") if name not in rows.column_names]:
         fail(f"--policies {source}: no column '{column}', it has {', '.join(rows.column_names)}")
     if prompts is not None:
         for number, (row, prompt) in enumerate(zip(rows, prompts), 1):
@@ -464,6 +487,9 @@ def answers_of(source, prompts, args, device):
                 fail(f"--policies {source}: row {number} has another prompt than the other policies")
         if len(rows) != len(prompts):
             fail(f"--policies {source}: {len(rows):,} rows, but {len(prompts):,} prompts")
+    for number, (prompt, response) in enumerate(zip(rows["prompt"], rows["response"]), 1):
+        if not prompt or type(prompt) not in (str, list) or type(response) is not type(prompt):
+            fail(f"--policies {source}: row {number}: prompt and response are neither texts nor lists of messages")
     said = [spaced(*pair) if isinstance(pair[0], str) else pair[1] for pair in zip(rows["prompt"], rows["response"])]
     return rows["prompt"][:], said
 
@@ -476,8 +502,9 @@ def as_text(message):
 
 
 def self_bleu(texts, n):
-    """Mean BLEU-n of each text against all others, words, n-grams up to n with equal weights (arXiv 1802.01886); an
-    order without any match counts as half a one. The lower, the more diverse."""
+    """Mean BLEU-n of each text against all others, words, n-grams up to n, or to its length, with equal weights (arXiv
+    1802.01886); an order without any match counts as half a one. Texts without words are left out. The lower, the more
+    diverse."""
     texts = [text.split() for text in texts if text.split()]
     counts = [[collections.Counter(zip(*(words[i:] for i in range(order)))) for words in texts]
               for order in range(1, n + 1)]
@@ -491,9 +518,9 @@ def self_bleu(texts, n):
     lengths, values = sorted(map(len, texts)), []
     for i, words in enumerate(texts):
         logs = []
-        for order, best in zip(counts, most):
+        for order, best in zip(counts[: len(words)], most):
             matches = sum(min(count, best[gram][count < best[gram][1]]) for gram, count in order[i].items())
-            logs.append(math.log(max(matches, 0.5) / max(1, order[i].total())))
+            logs.append(math.log(max(matches, 0.5) / order[i].total()))
         others = lengths.copy()
         others.remove(len(words))
         nearest = min(others, key=lambda x: (abs(x - len(words)), x), default=len(words))
@@ -506,13 +533,15 @@ def perplexity(name, prompts, said, args, device):
     """Of a response's token, EOS included, under the language model `name`."""
     tokenizer = load_tokenizer(name, None)
     model = load_language_model(name, "--reference", getattr(torch, args.dtype), tokenizer, 1.0, 1).to(device).eval()
-    total, count = 0.0, 0
+    total, count, losses = 0.0, 0, 0
     for prompt, response in zip(tqdm(prompts, "perplexity", leave=False, disable=RANK > 0), said):
         silence = "" if isinstance(response, str) else [{"role": "assistant", "content": ""}]
-        before, (answer, _), _ = encode_answers(prompt, [response, silence], tokenizer, args.max_length)
+        before, (answer, _), cut = encode_answers(prompt, [response, silence], tokenizer, args.max_length)
         ids = torch.tensor([*before, *answer], device=device)
         logp = torch.log_softmax(model(ids[None, :-1]).logits[0].float(), -1).gather(-1, ids[1:, None])[-len(answer) :]
-        total, count = total - logp.sum().item(), count + len(logp)
+        total, count, losses = total - logp.sum().item(), count + len(logp), losses + cut
+    if losses:
+        say(f"{name} reads {losses:,} of {len(said):,} prompts and responses cut to {args.max_length} tokens")
     return math.exp(total / count)
 
 
@@ -609,8 +638,9 @@ def markdown(records):
     def cell(record, key):
         value = record.get(key, "")
         if not isinstance(value, float):
-            return f"{value:,}" if isinstance(value, int) else str(value)
+            return f"{value:,}" if isinstance(value, int) else " ".join(str(value).replace("|", "\\|").split())
         low, high, half = (record.get(f"{key}_{end}") for end in ("low", "high", "half"))
+        half = None if half is None or math.isnan(half) else half
         more = f" [{low:.3f}, {high:.3f}]" if low is not None else f" ± {half:.3f}" if half is not None else ""
         return "-" if math.isnan(value) else f"{value:.3f}{more}"
 
@@ -637,13 +667,20 @@ def write(folder, records):
 
 def aggregate(paths, keys):
     """The records of several runs -> one for each combination of `keys`: number of runs, and of every number its mean
-    and the half of its 95 % interval over the runs. Exits naming a file that is no eval.json."""
+    and the half of its 95 % interval over the runs. What was moved aside or holds means already is left out, and said.
+    Exits naming a file that is no eval.json."""
     together = collections.defaultdict(list)
-    for path in paths:
+    for path in map(Path, paths):
         try:
-            for record in json.loads(Path(path).read_text()):
+            records = json.loads(path.read_text())
+            if not isinstance(records, list) or not all("table" in record for record in records):
+                raise ValueError("these are no records of eval.py")
+            if re.search(r"\.\d+$", path.parent.name) or any("runs" in record for record in records):
+                say(f"{path} is left out: an earlier run that was moved aside, or means already")
+                continue
+            for record in records:
                 together[tuple((key, record[key]) for key in keys if key in record)].append(record)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             fail(f"--tables {path}: {one_line(error)}")
     result = []
     for values, records in together.items():
@@ -741,8 +778,9 @@ def plot(folder, records, seen):
 
 if __name__ == "__main__":
     args = parse_args()
-    log = Log(args.output_dir, vars(args), False)
-    if args.tables is not None:
+    # --tables are read before anything is moved aside, so they may lie where the means go: one string is no path.
+    log = Log(args.output_dir, vars(args) | {"tables": " ".join(args.tables or [])}, False)
+    if args.tables:
         records = aggregate(args.tables, args.group_by)
         log.start(0, 0)
         write(args.output_dir, records)
@@ -755,10 +793,16 @@ if __name__ == "__main__":
     policies = {name: str(toy_model()) if source == "toy" else source for name, source in policies.items()}
     writers = [source for source in policies.values() if not is_file(source)]
     prompts = load_prompts(args.prompts, "test", args.eval_prompts) if writers else None
-    folders = [*models.values(), *writers, *[args.judge[3:]] * args.judge.startswith("rm:")]
+    kind, _, judge = args.judge.partition(":")
+    reference = args.reference or (writers or [None])[0]
+    folders = [*models.values(), *writers, *[reference] * bool(reference), *[judge] * (kind in ("rm", "llm"))]
     args.max_length = args.max_length or min(map(positions, folders), default=2048)
     if args.max_length <= args.max_new_tokens and writers:
         fail(f"--max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}")
+    if policies and kind == "gold" and prompts and not all(map(is_toy, prompts)):
+        fail(f"--judge gold knows the toy's prompts only: give rm:FOLDER, llm:FOLDER or an address")
+    if policies and kind.startswith("http") and RANK == 0:
+        ask_address(args.judge, ["Answer with one word: are you there?"], args)  # or it ends here, not after the work
     log.start(0, len(models))
 
     # several responses to a prompt, with what they are truly worth
@@ -771,8 +815,7 @@ if __name__ == "__main__":
         else:
             rows, _ = load_set(source)
         try:
-            choices[name] = source, rows, [(row["prompt"], row["responses"], 0) for row in rows], [
-                true_scores(row) for row in rows]
+            choices[name] = source, rows, [read_item(row) for row in rows], [true_scores(row) for row in rows]
         except (KeyError, TypeError, ValueError) as error:
             fail(f"--best-of-n {source}: {one_line(error)}")
 
@@ -782,8 +825,8 @@ if __name__ == "__main__":
         members = args.ensemble or list(models)
         if len(members) < 2 or not models.keys() >= {*members}:
             fail(f"--ensemble {' '.join(members)}: name two or more of --reward-models {' '.join(models)}")
-        average_of_weights([models[name] for name in members], Path(args.output_dir) / "warm")
-        models["average of weights"] = str(Path(args.output_dir) / "warm")
+        if average_of_weights([models[name] for name in members], Path(args.output_dir) / "warm"):
+            models["average of weights"] = str(Path(args.output_dir) / "warm")
     for number, (name, folder) in enumerate(models.items(), 1):
         tokenizer = load_tokenizer(folder, None)
         model = load_reward_model(folder, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
@@ -811,12 +854,14 @@ if __name__ == "__main__":
     for name, (_, _, _, worth) in choices.items():
         most = min(map(len, worth))
         for model, scores in {**{model: scores for model, (scores, _) in said[name].items()}, "oracle": worth}.items():
-            curves = np.array([best_of_n(row[: len(gold)], gold)[:most] for row, gold in zip(scores, worth)])
-            for n in sorted({*(2**i for i in range(most.bit_length())), most}):
-                mean, half = interval(curves[:, n - 1])
+            sizes = sorted({*(2**i for i in range(most.bit_length())), most})
+            curves = np.array([best_of_n(row[: len(gold)], gold, sizes) for row, gold in zip(scores, worth)])
+            for n, values in zip(sizes, curves.T):
+                mean, half = interval(values)
                 records.append({"table": "best of n", "set": name, "model": model, "n": n,
                                 "kl": math.log(n) - (n - 1) / n, "score": mean, "score_half": half})
     write(args.output_dir, records)
+    say("\n" + markdown(records))
 
     # what the policies say
     answers, place = {}, Path(args.prompts).name if prompts else "files"
@@ -827,7 +872,7 @@ if __name__ == "__main__":
                 tmp.write_text("".join(json.dumps({"prompt": prompt, "response": response}) + "\n"
                                        for prompt, response in zip(prompts, answers[name])))
     toy = bool(prompts) and all(map(is_toy, prompts))
-    reference = args.reference or (writers or [None])[0]
+    before = len(records)
     for name, mine in answers.items():
         texts = [as_text(response) for response in mine]
         words, words_half = interval([len(text.split()) for text in texts])
@@ -850,7 +895,7 @@ if __name__ == "__main__":
                             "win": (wins > 0).mean(), "tie": (wins == 0).mean(), "lose": (wins < 0).mean(),
                             "no_answer": silent, "net": net, "net_half": net_half})
         write(args.output_dir, records)
-    say("\n" + markdown(records))
+    say(markdown(records[before:]))
     if args.plot and RANK == 0:
         plot(args.output_dir, records, seen)
     barrier()

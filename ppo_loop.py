@@ -130,7 +130,7 @@ def parse_args():
     args = settle(parser.parse_args(), DEFAULTS, EVAL_DATA, 1)
     least = {"rounds": 1, "iterations": 1, "epochs": 1, "minibatches": 1, "rollouts": 1, "max_new_tokens": 1,
              "sample_batch": 1, "eval_prompts": 1, "kl": 0, "reward_clip": 0, "entropy": 0, "target_kl": 0,
-             "value_clip": 0}
+             "value_clip": 0, "missing_eos_penalty": 0}
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is not {low} or more")
@@ -138,6 +138,8 @@ def parse_args():
             and 0 <= args.gamma <= 1 and 0 <= args.lam <= 1 and args.max_new_tokens < args.max_length):
         fail("--temperature, --critic-lr and --ratio-clip are above 0, --gamma and --lam between 0 and 1, "
              "--minibatches is at most --batch-size, --max-new-tokens below --max-length")
+    if args.whiten and args.batch_size * args.rollouts < 2:
+        fail("--batch-size 1 --rollouts 1 give one response an iteration, which cannot be whitened: --no-whiten")
     return args
 
 

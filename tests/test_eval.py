@@ -65,13 +65,13 @@ def test_best_of_n_by_enumeration(evaluate):
     rng = np.random.default_rng(0)
     for scores in (rng.normal(size=6), np.array([1.0, 1, 2, 2, 2, 0]), np.zeros(6)):
         gold = rng.normal(size=6)
-        result = evaluate.best_of_n(scores, gold)
+        result = evaluate.best_of_n(scores, gold, range(1, 7))
         for n in range(1, 7):
             choices = [np.array(choice) for choice in itertools.combinations(range(6), n)]
             best = [gold[c[scores[c] == scores[c].max()]].mean() for c in choices]  # equal scores: any of them
             assert result[n - 1] == pytest.approx(np.mean(best))
-    assert evaluate.best_of_n(gold, gold)[-1] == gold.max() and evaluate.best_of_n(gold, gold)[0] == pytest.approx(
-        gold.mean())
+    assert evaluate.best_of_n(gold, gold, [1, 6]) == pytest.approx([gold.mean(), gold.max()])
+    assert evaluate.best_of_n(np.arange(1500.0), np.ones(1500), [700]) == pytest.approx(1)  # huge binomials
 
 
 def test_credit(evaluate):
@@ -103,7 +103,7 @@ def test_calibration(evaluate):
         brier, ece, table = evaluate.calibration(np.array([margin] * right + [-margin] * (400 - right)))
         assert ece == pytest.approx(error) and brier == pytest.approx(share * 0.25**2 + (1 - share) * 0.75**2)
         assert table == pytest.approx(np.array([[0.75, share, 1.0]]))
-    assert evaluate.calibration(np.zeros(3))[:2] == (0.0, 0.0)  # ties: sure of nothing, and half right
+    assert evaluate.calibration(np.zeros(3))[:2] == (0.25, 0.0)  # ties: sure of nothing, and half right
     _, _, table = evaluate.calibration(np.linspace(-9, 9, 1001))
     assert len(table) == 10 and table[:, 2].sum() == pytest.approx(1)
 
@@ -147,13 +147,14 @@ def brute_self_bleu(texts, n):
     values = []
     for i, text in enumerate(texts):
         words, others, product = text.split(), [x.split() for j, x in enumerate(texts) if j != i], 1.0
-        for order in range(1, n + 1):
+        orders = min(n, len(words))
+        for order in range(1, orders + 1):
             grams = Counter(tuple(words[j : j + order]) for j in range(len(words) - order + 1))
             known = [Counter(tuple(x[j : j + order]) for j in range(len(x) - order + 1)) for x in others]
             matches = sum(min(count, max(x[gram] for x in known)) for gram, count in grams.items())
-            product *= max(matches, 0.5) / max(1, sum(grams.values()))
+            product *= max(matches, 0.5) / sum(grams.values())
         nearest = min((abs(len(x) - len(words)), len(x)) for x in others)[1]
-        values.append(product ** (1 / n) * min(1.0, math.exp(1 - nearest / len(words))))
+        values.append(product ** (1 / orders) * min(1.0, math.exp(1 - nearest / len(words))))
     return np.mean(values)
 
 
@@ -162,7 +163,7 @@ def test_self_bleu_by_brute_force(evaluate, n):
     rng = np.random.default_rng(n)
     texts = [" ".join(rng.choice(["a", "b", "c"], rng.integers(1, 9))) for _ in range(12)]
     assert evaluate.self_bleu(texts, n) == pytest.approx(brute_self_bleu(texts, n))
-    assert evaluate.self_bleu(["a b c d e f"] * 3, n) == pytest.approx(1)
+    assert evaluate.self_bleu(["a b c d e f"] * 3, n) == evaluate.self_bleu(["a", "a", ""], n) == pytest.approx(1)
     assert math.isnan(evaluate.self_bleu(["a"], n))
 
 
@@ -206,8 +207,18 @@ def test_forms_of_benchmarks(evaluate):
     row = {"question": "q", "response_A": "a", "response_B": "b"}
     assert evaluate.read_item({**row, "label": "A>B"}) == ("q", ["a", "b"], 1)
     assert evaluate.read_item({**row, "label": "B>A"}) == ("q", ["b", "a"], 1)
-    with pytest.raises(ValueError, match="'A=B' is none of"):
-        evaluate.read_item({**row, "label": "A=B"})
+    for bad, words in (({**row, "label": "A=B"}, "'A=B' is none of"),
+                       ({"prompt": "q", "responses": "ab"}, "no list of two"),
+                       ({"prompt": "q", "responses": ["a"]}, "no list of two"),
+                       ({"prompt": "q", "chosen": ["a"], "rejected": "bc"}, "no lists of one or more"),
+                       ({"prompt": "q", "chosen": [], "rejected": ["b"]}, "no lists of one or more"),
+                       ({"prompt": "q", "chosen": ["a"], "rejected": ["b"], "subset": "Ties", "id": 7}, "like ref:1")):
+        with pytest.raises(ValueError, match=words):
+            evaluate.read_item(bad)
+    assert evaluate.true_scores({"responses": ["a", "b"], "best": 1}).tolist() == [0, 1]
+    for bad in ({"best": 2}, {"best": None}, {"scores": [1]}, {"scores": [1, math.nan]}):
+        with pytest.raises(ValueError):
+            evaluate.true_scores({"responses": ["a", "b"], **bad})
 
 
 def test_a_question_becomes_a_dialogue(evaluate, tokenizer):
@@ -284,10 +295,14 @@ def test_a_benchmark_keeps_its_odd_rows(evaluate, tmp_path, tokenizer):
     """Empty and identical responses are dropped from training data, but a judge has to score them."""
     folder = reward_model(tmp_path, tokenizer)
     model = common.load_reward_model(folder, tokenizer, CPU, torch.float32, 0, 64)
-    items = [("name two fruits", ["apple", "apple"], 0), ("name two fruits", ["", "apple"], 0)]
+    items = [("name two fruits", ["apple", "apple"], 0), ("name two fruits", ["", "apple"], 0),
+             ("name two fruits", ["apple", "fig", "apple"], 0)]
     scores, _ = evaluate.score_set(
         model, tokenizer, items, items, "x", argparse.Namespace(max_length=64, micro_tokens=64), CPU)
+    assert scores[2, 0] == scores[2, 2] != scores[2, 1] and np.isnan(scores[:2, 2]).all()
+    scores = scores[:2, :2]
     assert np.isfinite(scores).all() and scores[0] == pytest.approx(scores[1, 1], abs=1e-5)
+    assert scores[0, 0] == scores[0, 1]  # to the last bit, or one of them would win
 
 
 def test_a_dropped_comparison_has_no_score(evaluate, llama, tokenizer):
@@ -310,8 +325,11 @@ def test_average_of_weights(evaluate, tmp_path, tokenizer):
         torch.testing.assert_close(value, sum(state[key] for state in states) / 3)
     assert common.load_tokenizer(tmp_path / "warm", None).get_vocab() == tokenizer.get_vocab()
     other = reward_model(tmp_path / "other", tokenizer, kind="qwen")
-    with pytest.raises(SystemExit, match="differ in shape"):
-        evaluate.average_of_weights([folders[0], other], tmp_path / "warm2")
+    assert not evaluate.average_of_weights([folders[0], other], tmp_path / "warm2")
+    tokenizer = common.toy_tokenizer()
+    tokenizer.add_tokens(["strange"])
+    tokenizer.save_pretrained(folders[1])
+    assert not evaluate.average_of_weights(folders, tmp_path / "warm2") and not (tmp_path / "warm2").exists()
 
 
 # -------------------------------------------------------------------------------------------------------------- judges
@@ -479,15 +497,17 @@ def test_policies_on_prompts_of_files(run, talkers, server):
     url, answers, asked = server
     answers.append("[[B]]")
     (wins,) = of(run("--reward-models", "--policies", "a=said.jsonl", "b=said.jsonl", "--judge", url), "wins")
-    assert wins["tie"] == 1 and len(asked) == 16
+    assert wins["tie"] == 1 and len(asked) == 1 + 16  # once to see whether anybody is there
 
 
 def test_means_over_runs(run, talkers):
     run(*talkers)
-    with pytest.raises(SystemExit) as end:
-        run("--tables", "runs/eval/eval.json", "runs/eval/eval.json", "--output-dir", "means")
-    first = json.loads(Path("means/eval.json").read_text())[0]
-    assert not end.value.code
+    run(*talkers)  # the former is moved aside, to runs/eval.1
+    for files in ([], ["runs/eval.1/eval.json", "runs/tables/eval.json"]):  # neither is a run of its own
+        with pytest.raises(SystemExit) as end:
+            run("--tables", "runs/eval/eval.json", "runs/eval/eval.json", *files)
+        assert not end.value.code
+    first = json.loads(Path("runs/tables/eval.json").read_text())[0]
     assert first["table"] == "policies" and first["runs"] == 2 and first["words_half"] == 0
 
 
@@ -511,7 +531,7 @@ def test_two_processes_agree(talkers, run, tmp_path, tokenizer):
     (["--reward-models", "rm", "--eval-data", "x=label.jsonl"], "label.jsonl: row 1: ValueError: its label 'C'"),
     (["--reward-models", "rm", "rm"], "give each a name of its own"),
     (["--reward-models", "rm", "--ensemble"], "name two or more of --reward-models rm"),
-    (["--reward-models", "rm", "--best-of-n", "x=no_scores.jsonl"], "it has neither 'scores' nor 'best'"),
+    (["--reward-models", "rm", "--best-of-n", "x=no_scores.jsonl"], "it has neither 'scores' nor a 'best' from 0"),
     (["--reward-models", "--eval-data", "x=toy"], "go together"),
     (["--policies", "lm"], "name two or more"),
     (["--policies", "a=said.jsonl", "b=others.jsonl"], "others.jsonl: row 2 has another prompt"),
@@ -519,6 +539,14 @@ def test_two_processes_agree(talkers, run, tmp_path, tokenizer):
     (["--policies", "a=said.jsonl", "b=label.jsonl"], "label.jsonl: no column 'p"),
     (["--policies", "a=said.jsonl", "b=rm", "--eval-prompts", "2", "--max-new-tokens", "6"],
      "--policies rm is no language model"),
+    (["--policies", "a=said.jsonl", "b=null.jsonl"], "null.jsonl: row 1: prompt and response are neither"),
+    (["--reward-models", "rm", "--eval-data", "x=toy:id", "--best-of-n", "x=toy"], "give every set a name of its own"),
+    (["--reward-models", "mean=rm"], "give each a name of its own"),
+    (["--reward-models", "rm", "--eval-data", "x=strength.jsonl"], "does not hold numbers alone"),
+    (["--policies", "a=said.jsonl", "b=said.jsonl", "--reference", "nowhere"], "nowhere is no model"),
+    (["--policies", "a=said.jsonl", "b=said.jsonl", "--judge", "llm:nowhere"], "nowhere is no model"),
+    (["--policies", "a=said.jsonl", "b=lm", "--prompts", "text.jsonl", "--max-new-tokens", "6"], "--judge gold knows"),
+    (["--tables", "args.json"], "--tables args.json"),
     (["--policies", "a=text.jsonl", "b=text.jsonl"], "--judge gold knows the toy's prompts only"),
     (["--policies", "a=said.jsonl", "b=said.jsonl", "--judge", "rm:lm"], "--judge lm is no reward model"),
     (["--policies", "a=said.jsonl", "b=said.jsonl", "--judge", "me"], "--judge me: it is gold"),
@@ -536,7 +564,10 @@ def test_bad_input(flags, words, run, llama, tokenizer):
         "no_scores": [{"prompt": one, "responses": ["a", "b"]}], "text": [{"prompt": "hello", "response": "you"}],
         "said": [{"prompt": p, "response": "apple"} for p in (one, two)],
         "others": [{"prompt": p, "response": "apple"} for p in (one, one)],
-        "fewer": [{"prompt": one, "response": "apple"}]}
+        "fewer": [{"prompt": one, "response": "apple"}],
+        "null": [{"prompt": p, "response": None} for p in (one, two)],
+        "strength": [{**row, "mean preference difference": "x"} for row in common.toy_comparisons("id", 2)]}
+    Path("args.json").write_text(json.dumps({"a": 1}))
     for name, rows in files.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit) as error:

@@ -317,6 +317,8 @@ def test_updates_end_at_the_target(script):
 
 @pytest.mark.parametrize("flags, words", [
     (["--kl", "-1"], "--kl -1.0 is not 0 or more"),
+    (["--missing-eos-penalty", "nan"], "--missing-eos-penalty nan is not 0 or more"),
+    (["--batch-size", "1", "--rollouts", "1"], "cannot be whitened: --no-whiten"),
     (["--rounds", "0"], "--rounds 0 is not 1 or more"),
     (["--max-new-tokens", "64"], "--max-new-tokens below --max-length"),
     (["--prompts", "none.jsonl"], "none.jsonl: no such file"),

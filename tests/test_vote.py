@@ -75,8 +75,8 @@ def test_rows_come_back_with_their_votes(script, tmp_path):
 
 def test_responses_without_a_label_are_voted_on(script):
     """Five responses make two pairs, beside the comparisons that the members learn from."""
-    row = {"prompt": "\n\nHuman: name two fruits\n\nAssistant:", "responses": [" fig", " dog", " kiwi", " plum", " pear"]}
-    Path("meta.jsonl").write_text(json.dumps(row) + "\n")
+    row = {"prompt": "\n\nHuman: name two fruits\n\nAssistant:"}
+    Path("meta.jsonl").write_text(json.dumps({**row, "responses": [" fig", " dog", " kiwi", " plum", " pear"]}) + "\n")
     script("vote_strength.py", "--members", 2, "--eval-data", "policy=meta.jsonl")
     pairs = [json.loads(line) for line in (RUN / "policy.jsonl").read_text().splitlines()]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(" fig", " dog"), (" kiwi", " plum")]
