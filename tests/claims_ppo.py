@@ -128,6 +128,10 @@ def claims(seeds):
     base, *names = CONTRASTIVE
     rows += [("Fig. 12", f"without KL penalty {name} is over-optimised less: gold at KL 6 to 8, to the baseline",
               over(name, "gold", 6, 8) - over(base, "gold", 6, 8)) for name in names]
+    rows += [("Fig. 12", f"and {what} after 200 iterations: {text}", sign * (gold(f"{name}, KL 0", key) - gold(
+        f"{base}, KL 0", key))) for name in names for what, text, key, sign in (
+            ("is worth more", f"gold on id, {name} - the baseline", "eval/id/gold", 1),
+            ("has moved less", f"KL, the baseline - {name}", "ppo/kl", -1))]
     rows += [("Fig. 13", f"with it {name} makes the better policy: gold on {key}, to the baseline",
               gold(f"{name}, KL 0.2", f"eval/{key}/gold") - gold(f"{base}, KL 0.2", f"eval/{key}/gold"))
              for name in names for key in ("id", "ood")]
