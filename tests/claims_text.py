@@ -1,7 +1,7 @@
 """The experiment behind the README's table on real text: a small language model, then every method on top of it.
 
-    python tests/claims_text.py --data helpful_train.jsonl.gz --text more.jsonl.gz --eval-data helpful=helpful_test.jsonl.gz
-        harmless=harmless_test.jsonl.gz --jobs 2
+    python tests/claims_text.py --data helpful_train.jsonl.gz --text harmless_train.jsonl.gz --eval-data
+        helpful=helpful_test.jsonl.gz harmless=harmless_test.jsonl.gz --jobs 2
 
 Trains a BPE and a Llama on the texts once, voters on the comparisons once, and every reward model with several seeds;
 then prints the table. Everything lies under runs/claims_text, and what is there is not done again.
