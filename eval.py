@@ -170,7 +170,8 @@ def positions(folder):
     try:
         return min(2048, getattr(load_config(folder).get_text_config(), "max_position_embeddings", None) or 2048)
     except Exception as error:
-        fail(f"{folder} is no model: {one_line(error)}")
+        hint = f", but {folder}/model is" if Path(folder, "model").is_dir() else f": {one_line(error)}"
+        fail(f"{folder} is no model{hint}")
 
 
 def interval(values):

@@ -524,6 +524,7 @@ def test_two_processes_agree(talkers, run, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("flags, words", [
     (["--reward-models", "nowhere"], "nowhere"),
+    (["--reward-models", "a-run"], "a-run is no model, but a-run/model is"),
     (["--reward-models", "lm"], "--reward-models lm is no reward model: it lacks score.weight"),
     (["--reward-models", "two"], "--reward-models two: its `score` head has 2 labels, that of a reward model has one"),
     (["--reward-models", "rm", "--eval-data", "x=empty.jsonl"], "empty.jsonl: no rows"),
@@ -556,6 +557,7 @@ def test_two_processes_agree(talkers, run, tmp_path, tokenizer):
 def test_bad_input(flags, words, run, llama, tokenizer):
     reward_model("rm", tokenizer)
     reward_model("two", tokenizer, labels=2)
+    Path("a-run/model").mkdir(parents=True)
     transformers.LlamaForCausalLM.from_pretrained(llama).save_pretrained("lm")
     tokenizer.save_pretrained("lm")
     one, two = (row["prompt"] for row in common.toy_comparisons("id", 2))

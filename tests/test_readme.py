@@ -6,6 +6,7 @@ import difflib
 import importlib
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -52,6 +53,33 @@ def test_commands_parse(command, monkeypatch, tmp_path):
     for name, rest in re.findall(r"(?<![\w/])(\w+)\.py([^;&|#]*)", command):
         monkeypatch.setattr("sys.argv", [f"{name}.py", *shlex.split(rest.split(" " * 5)[0].replace("$s", "1"))])
         importlib.import_module(name).parse_args()
+
+
+def test_the_whole_paper_in_one_sitting(script, llama, monkeypatch):
+    """The README's block of eight commands, one after the other, on a tiny model and little data."""
+    block = re.search(r"## The whole paper.*?\n\n((?:    torchrun [^\n]*\n)+)", README, re.DOTALL).group(1)
+    commands = [line.split()[1:] for line in block.splitlines()]
+    assert len(commands) == 8
+    monkeypatch.setattr("common.toy_model", lambda: llama)
+    little = {
+        "vote_strength.py": ["--members", "2"], "meta_rm.py": ["--meta-prompts", "16", "--max-new-tokens", "4"],
+        "ppo_loop.py": ["--iterations", "2", "--batch-size", "4", "--max-new-tokens", "4", "--eval-prompts", "4",
+                        "--eval-data", "id=toy:id,n=20", "--rm-flags",
+                        "--epochs 1 --batch-size 16 --max-length 64 --meta-prompts 8 --max-new-tokens 4"],
+        "eval.py": ["--eval-prompts", "4", "--max-new-tokens", "4", "--eval-data", "id=toy:id,n=20"]}
+    for name, *flags in commands:
+        if name == "eval.py":
+            runs = sorted(Path("runs").glob("*/model"))
+            policies = [f"{path.parts[1]}={path}" for path in sorted(Path("runs").glob("*/round-1/policy"))]
+            flags += ["--reward-models", *runs, "--policies", *policies, "--prompts", "toy:id"]
+            monkeypatch.setattr("sys.argv", [name, *map(str, flags), *little[name]])
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        else:
+            script(name, *flags, *little.get(name, []))
+    tables = {record["table"] for record in json.loads(Path("runs/eval/eval.json").read_text())}
+    assert tables == {"reward models", "policies", "wins"}
+    for path in ("vote_strength/strength", "contrastive_rm/features", "hacking/kl", "eval/calibration", "eval/wins"):
+        assert (Path("runs") / f"{path}.png").stat().st_size > 5000
 
 
 def test_the_table_of_files():
