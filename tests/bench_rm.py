@@ -8,6 +8,8 @@
     trl         the same rows by TRL's RewardTrainer with its defaults, where `trl` can be imported
 
 Prints a Markdown table. Pairs/s: pairs over seconds, optimizer steps included, after one more step that warms up.
+Tokens/s: of pairs with their prompt once, which is what has to be read. Share of the peak: 6 operations for each of
+those tokens and each weight of the layers, over what one large matrix product reaches here. Peak memory: on CUDA.
 """
 
 import argparse
@@ -47,6 +49,17 @@ def new_model(config, tokenizer, dtype):
     config.pad_token_id = tokenizer.pad_token_id
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
     return RewardModel(model, dtype).to(device).train()
+
+
+def matmul_peak(dtype):
+    """Operations/s of one large matrix product, the best of five."""
+    size, seconds = 8192 if device.type == "cuda" else 2048, []
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds[1:])
 
 
 def rows_of(data, index):
@@ -124,16 +137,26 @@ if __name__ == "__main__":
     data = tokenize(raw.add_column("row", range(len(raw))), args.data, tokenizer, args.max_length)
     data = data.select(step_rows(len(data), args.batch_size * args.steps, 0, 0))
     raw = raw.select(data["row"])
-    speed = {}
+    speed, memory, peak = {}, {}, matmul_peak(getattr(torch, args.dtype))
+    with torch.device("meta"):
+        layers = AutoModelForSequenceClassification.from_config(config).model.layers
+    operations = 6 * np.mean(data["length"]) * sum(p.numel() for p in layers.parameters())  # of a pair
     for name in args.only:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             speed[name] = (trl(raw, config, tokenizer, args) if name == "trl"
                            else plain(data, config, tokenizer, args, name))
         except ImportError:
             print("trl cannot be imported: left out", file=sys.stderr)
+        memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else "-"
     print(f"\n{config.num_hidden_layers} layers, hidden {config.hidden_size}, batch {args.batch_size}, {args.dtype}, "
           f"{device.type}, {torch.get_num_threads()} threads, at most {args.max_length} tokens, "
           f"{np.mean(data['length']):.0f} in a pair with its prompt once\n")
-    print("| variant | pairs/s | ratio to ours |\n|---|---|---|")
+    print(f"one matrix product reaches {peak / 1e12:.3f} TFLOP/s\n")
+    heads = "variant", "pairs/s", "ratio to ours", "tokens/s", "share of the peak", "peak memory"
+    print(f"| {' | '.join(heads)} |\n" + "|---" * len(heads) + "|")
     for name, value in speed.items():
-        print(f"| {name} | {value:.2f} | {value / speed.get('ours', value):.2f} |")
+        ratio, tokens = value / speed.get("ours", value), value * np.mean(data["length"])
+        share = f"{value * operations / peak:.0%}"
+        print(f"| {name} | {value:.2f} | {ratio:.2f} | {tokens:.0f} | {share} | {memory[name]} |")

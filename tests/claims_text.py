@@ -24,10 +24,8 @@ METHODS = {
     "flip 10 %, margin": "denoise_rm.py --flip 0.1 --margin",
     "soft targets, S3": "denoise_rm.py --soft-targets 1",
     "SimCSE": "contrastive_rm.py --method simcse",
-    "SimCSE, beta 0.01": "contrastive_rm.py --method simcse --beta 0.01",
     "SwAV": "contrastive_rm.py --method swav",
     "MetaRM": "meta_rm.py --eta 0.01 --ascent normalized",
-    "MetaRM, alternate": "meta_rm.py --eta 0.001 --ascent normalized --update alternate",
 }
 
 
