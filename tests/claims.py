@@ -267,16 +267,21 @@ def verdict(values, little):
     return "seen" if mean - half > 0 else "not seen" if mean + half < little else "undecided"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+def over_seeds(doc, work, seeds=10, cells=((),)):
+    """Read --seeds and --jobs, call work(seed, *cell) for each seed and cell in processes, -> how many seeds."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        futures = [pool.submit(work, seed, noise) for seed, noise in itertools.product(range(args.seeds), NOISE)]
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(work, seed, *cell) for seed, cell in itertools.product(range(args.seeds), cells)]
         for number, future in enumerate(concurrent.futures.as_completed(futures), 1):
             future.result()
             print(f"{number} of {len(futures)}", file=sys.stderr)
-    tables(args.seeds)
-    claims(args.seeds)
+    return args.seeds
+
+
+if __name__ == "__main__":
+    seeds = over_seeds(__doc__, work, cells=[(noise,) for noise in NOISE])
+    tables(seeds)
+    claims(seeds)

@@ -7,17 +7,14 @@ Every seed draws new comparisons, for training and for evaluation, new samples f
 """
 
 import argparse
-import concurrent.futures
-import itertools
 import json
-import multiprocessing
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from claims import ROOT, run, show, table, verdict
+from claims import ROOT, over_seeds, run, show, table, verdict
 
 RUNS = Path("runs/claims_meta").absolute()
 TOY = "--epochs 3 --batch-size 32 --lr 5e-4 --max-length 64 --micro-tokens 4096"  # the toy's defaults
@@ -197,13 +194,6 @@ def claims(seeds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        for number, _ in enumerate(pool.map(work, range(args.seeds)), 1):
-            print(f"{number} of {args.seeds}", file=sys.stderr)
-    tables(args.seeds)
-    claims(args.seeds)
+    seeds = over_seeds(__doc__, work)
+    tables(seeds)
+    claims(seeds)

@@ -6,17 +6,14 @@ the former two for the reward models, then PPO against them.
 Every seed has its comparisons, its voters and reward models, and its own order and samples in PPO.
 """
 
-import argparse
-import concurrent.futures
 import functools
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from claims import FIGURE_8, ROOT, run, show, table, verdict
+from claims import FIGURE_8, ROOT, over_seeds, run, show, table, verdict
 
 RUNS = Path("runs/claims_ppo")
 RM = ("--epochs 3 --batch-size 32 --lr 5e-4 --max-length 64 --micro-tokens 4096 --eval-every 0 --save-every 0 "
@@ -150,13 +147,6 @@ def claims(seeds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        for number, _ in enumerate(pool.map(work, range(args.seeds)), 1):
-            print(f"{number} of {args.seeds}", file=sys.stderr)
-    tables(args.seeds)
-    claims(args.seeds)
+    seeds = over_seeds(__doc__, work, 6)
+    tables(seeds)
+    claims(seeds)

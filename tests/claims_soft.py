@@ -5,16 +5,13 @@
 Every seed draws new comparisons, for training and for evaluation, new samples, new voters and a new reward head.
 """
 
-import argparse
-import concurrent.futures
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from claims import ROOT, run, show, table
+from claims import ROOT, over_seeds, run, show, table
 
 RUNS = Path("runs/claims_soft")
 METHODS = {  # flags of denoise_rm.py
@@ -49,16 +46,9 @@ def accuracy(name, key, seeds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    args = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        for number, _ in enumerate(pool.map(work, range(args.seeds)), 1):
-            print(f"{number} of {args.seeds}", file=sys.stderr)
+    seeds = over_seeds(__doc__, work)
     names = "id", "ood", "shifted"
-    base = {name: accuracy("baseline", name, args.seeds) for name in names}
+    base = {name: accuracy("baseline", name, seeds) for name in names}
     table(["gold accuracy", *names], ["baseline", *(show(base[name]) for name in names)], *(
-        [method, *(show(accuracy(method, name, args.seeds) - base[name], sign="+") for name in names)]
+        [method, *(show(accuracy(method, name, seeds) - base[name], sign="+") for name in names)]
         for method in [*METHODS, "MetaRM"] if method != "baseline"))
