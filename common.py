@@ -192,13 +192,13 @@ def separate_rows(batch):
 
 def response_tokens(batch):
     """The responses of a batch token by token, (B, k, L) each, L the longest: where the token before stands, which
-    predicts it, where it stands itself, and whether it is there at all (if not, both places mean nothing)."""
+    predicts it, where it stands itself, and whether it is there at all (if not, the places are its response's first)."""
     prompt = (batch.branch == 0).sum(1, keepdim=True)  # (B, 1)
     first = torch.cat([prompt, batch.ends[:, :-1] + 1], 1)[..., None]
     place = torch.arange((batch.ends[..., None] - first).max() + 1, device=prompt.device) + first
     real = place <= batch.ends[..., None]
     before = torch.cat([prompt[..., None].expand_as(first), place[..., 1:]], -1) - 1
-    return before * real, place * real, real
+    return before.where(real, before[..., :1]), place.where(real, first), real
 
 
 class RewardModel(nn.Module):
@@ -210,9 +210,9 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model, self.dtype, self.ranks, self.shared = model, dtype, ranks, True
 
-    def hidden(self, ids, **kwargs):
-        """What is read: the last hidden states."""
-        return self.model.base_model(ids, **kwargs).last_hidden_state
+    def hidden(self, ids, first, **kwargs):
+        """What is read, from token `first` on: the last hidden states."""
+        return self.model.base_model(ids, **kwargs).last_hidden_state[:, first:]
 
     def read(self, batch, places):
         """The model at `places` (B, k) or (B, k, L) of the rows -> (rows, k, [L,] hidden), fp32."""
@@ -225,9 +225,9 @@ class RewardModel(nn.Module):
             row = torch.arange(len(ids)).view(len(row), -1)
         # Several ranks get bf16 from FSDP, which casts the weights it gathers; the head is computed in fp32 either way.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and self.ranks == 1):
-            hidden = self.hidden(ids, use_cache=False, **kwargs)
+            hidden = self.hidden(ids, first := int(places.min()), use_cache=False, **kwargs)
         row = row.view(row.shape + (1,) * (places.dim() - 2)).to(ids.device)
-        return hidden[row[: batch.rows], places[: batch.rows]].float()
+        return hidden[row[: batch.rows], places[: batch.rows] - first].float()
 
     def forward(self, batch, with_features=False, every=False):
         """Batch -> rewards (B, k), fp32; with_features: also the hidden states (B, k, hidden) that the head reads;

@@ -146,8 +146,8 @@ def parse_args():
 class Policy(RewardModel):
     """A language model that reads shared prompts: log-probabilities of the response tokens, and samples."""
 
-    def hidden(self, ids, **kwargs):
-        return self.model(ids, **kwargs).logits
+    def hidden(self, ids, first, **kwargs):
+        return self.model(ids, logits_to_keep=ids.size(1) - first, **kwargs).logits  # half the tokens are prompts
 
     def forward(self, batch, temperature=1.0, with_features=False):
         """Batch -> log-probability of each response token under the sampling distribution, and the entropy of that,
