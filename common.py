@@ -192,7 +192,7 @@ def separate_rows(batch):
 
 def response_tokens(batch):
     """The responses of a batch token by token, (B, k, L) each, L the longest: where the token before stands, which
-    predicts it, where it stands itself, and whether it is there at all (if not, the places are its response's first)."""
+    predicts it, where it stands itself, and whether it is there at all (if not, these are its response's first)."""
     prompt = (batch.branch == 0).sum(1, keepdim=True)  # (B, 1)
     first = torch.cat([prompt, batch.ends[:, :-1] + 1], 1)[..., None]
     place = torch.arange((batch.ends[..., None] - first).max() + 1, device=prompt.device) + first

@@ -284,8 +284,9 @@ def test_tokenizer_without_eos(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="EOS"):
         common.load_tokenizer(tmp_path, None)
-    with pytest.raises(SystemExit, match="--tokenizer"):
-        common.load_tokenizer(tmp_path / "nothing", None)
+    for rows, hint in (([], "give one with --tokenizer"), (None, "or no model at all")):
+        with pytest.raises(SystemExit, match=hint):
+            common.load_tokenizer(tmp_path / "nothing", rows)
 
 
 def test_bpe_from_the_data(tmp_path):
