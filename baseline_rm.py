@@ -20,13 +20,12 @@ import argparse
 import math
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common import (
-    WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
+    WORLD, Log, all_sum, clip_gradients, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
+    micro_batches, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -67,7 +66,10 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="of the computation; weights, scores and losses are float32 always")
+    add("--attention", choices=["sdpa", "flex"], default="sdpa", help="flex: packed rows, FlexAttention and compiled "
+        "layers, on GPUs")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
+    add("--offload", action="store_true", help="keep weights, gradients and optimizer in host memory: slower, larger")
     add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
     return settle(parser.parse_args(), DEFAULTS, EVAL_DATA, WORLD)
 
@@ -87,11 +89,11 @@ def metric_sums(rewards):
     return torch.stack([-F.logsigmoid(margin), margin > 0, margin, margin == 0, *rewards.T]).double().sum(1)
 
 
-def evaluate(model, sets, micro_tokens, device):
+def evaluate(model, sets, micro_tokens):
     """Means of METRICS on every named set, and the 95 % interval of the accuracy (Wilson's)."""
     metrics = {}
     for name, data in sets.items():
-        sums = metric_sums(score(model, data, micro_tokens, device, name))
+        sums = metric_sums(score(model, data, micro_tokens, name))
         result = dict(zip(METRICS, (sums / len(data)).tolist()))
         p, z = result["accuracy"], 1.96**2 / len(data)
         half = math.sqrt(z * p * (1 - p) + z**2 / 4)
@@ -113,17 +115,16 @@ if __name__ == "__main__":
     sources = dict(pair.split("=", 1) for pair in args.eval_data)
     sets = {key: tokenize(load_rows(source, "test"), source, tokenizer, args.max_length)
             for key, source in sources.items()}
-    lengths = np.array(train["length"][:])
-    model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
-                              args.gradient_checkpointing)
+    model = load_reward_model(name, tokenizer, device, args)
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the authors' released trainer.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0,
+                                  fused=device.type == "cuda")
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps, lengths)
+    log.start(start, steps, train["length"][:])
 
     for step in range(start, steps):
         began = time.time()
@@ -134,13 +135,12 @@ if __name__ == "__main__":
 
         index = step_rows(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        for micro in micro_batches(index, lengths, args.micro_tokens):
-            rewards = model(collate(train, micro, device))  # (B, 2)
+        for batch in micro_batches(train, index, args.micro_tokens, model):
+            rewards = model(batch)  # (B, 2)
             loss = preference_loss(rewards, args.center).sum() / len(index)
             loss.backward()
             sums += metric_sums(rewards.detach())
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
+        grad_norm = clip_gradients(model, args.clip)
         metrics = {"pairs": step // per_epoch * len(train) + step % per_epoch * args.batch_size + len(index)}
         metrics |= {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
         if not math.isfinite(metrics["train/loss"] + grad_norm):
@@ -152,7 +152,7 @@ if __name__ == "__main__":
         speed = len(index) / (time.time() - began)
         metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
         if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics |= evaluate(model, sets, args.micro_tokens, device)
+            metrics |= evaluate(model, sets, args.micro_tokens)
         log(step + 1, metrics)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(args.output_dir, model, optimizer, step + 1)

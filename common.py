@@ -13,7 +13,7 @@ import collections
 import datetime
 import functools
 import gzip
-import hashlib
+import heapq
 import importlib.util
 import inspect
 import itertools
@@ -43,8 +43,10 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import create_block_mask
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast)
@@ -84,6 +86,8 @@ def settle(args, defaults, eval_data, ranks, taken=()):
     for name in ("seed", "eval_every", "save_every"):
         if getattr(args, name, 0) < 0:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
+    if getattr(args, "attention", "sdpa") == "flex" and not torch.cuda.is_available():
+        fail("--attention flex needs a GPU: FlexAttention cannot train on a CPU")
     if args.batch_size < 1 or args.batch_size % ranks:
         fail(f"--batch-size {args.batch_size} cannot be divided among {ranks} ranks")
     if getattr(args, "plot", False) and not importlib.util.find_spec("matplotlib"):
@@ -148,91 +152,119 @@ def replaced(path):
 
 # -------------------------------------------------------------------------------------------------- batch and model
 class Batch(NamedTuple):
-    """B prompts with k responses each; see the picture at the top of this file."""
-    input_ids: torch.Tensor  # (B, T)
-    branch: torch.Tensor     # (B, T) 0 for the prompt, j for response j, -1 for padding
-    positions: torch.Tensor  # (B, T)
-    ends: torch.Tensor       # (B, k) where each response's last token stands
-    rows: int                # real rows: B, or 0 where a rank without rows runs an empty one to keep in step
+    """B prompts with k responses each in R rows of T tokens; see the picture at the top of this file. Each prompt has a
+    row of its own or, where they are packed, all share one. A place is a number in the flattened (R, T)."""
+    input_ids: torch.Tensor  # (R, T)
+    tree: torch.Tensor       # (R, T) the prompt that a token belongs to, 0 to B - 1; -1 for padding
+    branch: torch.Tensor     # (R, T) 0 for the prompt, j for response j, -1 for padding
+    positions: torch.Tensor  # (R, T)
+    ends: torch.Tensor       # (B, k + 1) the place of the last token of the prompt and of each response
+    index: np.ndarray        # (B,) numbers of the prompts in the data; () where a rank runs a batch to keep in step only
 
 
-def collate(rows, index, device):
-    """The rows `index` of a tokenised data set (see `tokenize`) as one Batch, padded on the right to the longest."""
-    picked = rows[index if len(index) else [0]]
+def collate(data, index, device, width=0):
+    """The rows `index` of a tokenised data set (see `tokenize`) as one Batch: padded on the right to the longest or,
+    with a `width`, one behind the other in a row whose length is the next multiple of that."""
+    picked = data[index if len(index) else [0]]
     parts = [[prompt, *responses] for prompt, responses in zip(picked["prompt_ids"], picked["response_ids"])]
     sizes = np.array([[len(part) for part in row] for row in parts])  # (B, k + 1), the prompt first
-    ends, place = sizes.cumsum(1), np.arange(sizes.sum(1).max())
-    real = place < ends[:, -1:]  # (B, T)
-    ids, branch, positions = np.zeros_like(real, int), np.full_like(real, -1, int), np.zeros_like(real, int)
-    ids[real] = [token for row in parts for part in row for token in part]
-    branch[real] = np.tile(np.arange(sizes.shape[1]), len(sizes)).repeat(sizes.ravel())
+    ends, lengths = sizes.cumsum(1), sizes.sum(1)
+    before = lengths.cumsum() - lengths  # tokens of the batch before each prompt
+    shape = (1, -(-lengths.sum() // width) * width) if width else (len(sizes), lengths.max())
+    begin = before if width else np.arange(len(sizes)) * shape[1]  # the place of each prompt's first token
+    inside = np.arange(lengths.sum()) - before.repeat(lengths)  # the place of a token among those of its prompt
     back = ends - sizes - sizes[:, :1]  # how far a response stands behind the end of the prompt
     back[:, 0] = 0
-    positions[real] = np.nonzero(real)[1] - back.ravel().repeat(sizes.ravel())
-    tensors = (torch.from_numpy(x).to(device, non_blocking=True) for x in (ids, branch, positions, ends[:, 1:] - 1))
-    return Batch(*tensors, len(index))
+
+    def spread(values, padding):
+        """Values of all tokens, one behind the other -> (R, T)."""
+        flat = np.full(math.prod(shape), padding)
+        flat[inside + begin.repeat(lengths)] = values
+        return flat.reshape(shape)
+
+    arrays = (spread([token for row in parts for part in row for token in part], 0),
+              spread(np.arange(len(sizes)).repeat(lengths), -1),
+              spread(np.tile(np.arange(sizes.shape[1]), len(sizes)).repeat(sizes.ravel()), -1),
+              spread(inside - back.ravel().repeat(sizes.ravel()), 0),
+              begin[:, None] + ends - 1)
+    return Batch(*(torch.from_numpy(x).to(device, non_blocking=True) for x in arrays), np.asarray(index, int))
 
 
-def tree_mask(branch):
-    """(B, T) -> bool (B, 1, T, T): query i sees key j if j <= i and j is in the prompt or in i's own branch."""
-    key, query = branch[:, None, :], branch[:, :, None]
-    return (((key == 0) | (key == query)) & torch.ones_like(key == query).tril())[:, None]
+def sees(batch):
+    """The rule of the mask, as FlexAttention takes it: (row, head, query, key), index tensors of any shapes -> whether
+    this query sees this key, which comes no later and is in its prompt or in its own branch."""
+    tree, branch = batch.tree, batch.branch
+
+    def rule(row, head, query, key):
+        own = (branch[row, key] == 0) | (branch[row, key] == branch[row, query])
+        return (key <= query) & (tree[row, key] == tree[row, query]) & own
+
+    return rule
+
+
+def tree_mask(batch):
+    """The whole mask, bool (R, 1, T, T), which any attention takes."""
+    row, place = (torch.arange(n, device=batch.tree.device) for n in batch.tree.shape)
+    return sees(batch)(row[:, None, None], None, place[:, None], place)[:, None]
 
 
 def separate_rows(batch):
-    """The same batch with the prompt repeated, for models that cannot take a tree mask: ids, mask and positions
-    (B*k, T'). A token stands at the place that its position says."""
-    branch = torch.arange(1, batch.ends.size(1) + 1, device=batch.branch.device)[:, None]  # (k, 1)
+    """The same batch with the prompt repeated, for models that cannot take a tree mask: the places (B*k, T') of the
+    tokens of each prompt with each response alone, and which of them are there. A token stands where its position
+    says."""
+    branch = torch.arange(1, batch.ends.size(1), device=batch.branch.device)[:, None]  # (k, 1)
     keep = ((batch.branch[:, None] == 0) | (batch.branch[:, None] == branch)).flatten(0, 1)  # (B*k, T)
     # What is kept comes first, in its own order: a stable sort of "not kept".
     order = (~keep).int().argsort(dim=-1, stable=True)[:, : keep.sum(-1).max()]
-    pick = lambda x: x.repeat_interleave(len(branch), 0).gather(-1, order) * keep.gather(-1, order)
-    return pick(batch.input_ids), keep.gather(-1, order).long(), pick(batch.positions)
+    row = torch.arange(len(batch.branch), device=order.device).repeat_interleave(len(branch))
+    return row[:, None] * batch.branch.size(1) + order, keep.gather(-1, order)
 
 
 def response_tokens(batch):
-    """The responses of a batch token by token, (B, k, L) each, L the longest: where the token before stands, which
-    predicts it, where it stands itself, and whether it is there at all (if not, these are its response's first)."""
-    prompt = (batch.branch == 0).sum(1, keepdim=True)  # (B, 1)
-    first = torch.cat([prompt, batch.ends[:, :-1] + 1], 1)[..., None]
-    place = torch.arange((batch.ends[..., None] - first).max() + 1, device=prompt.device) + first
-    real = place <= batch.ends[..., None]
-    before = torch.cat([prompt[..., None].expand_as(first), place[..., 1:]], -1) - 1
+    """The responses of a batch token by token, (B, k, L) each, L the longest: the place of the token before, which
+    predicts it, its own place, and whether it is there at all (if not, these are its response's first)."""
+    first, last = batch.ends[:, :-1, None] + 1, batch.ends[:, 1:, None]
+    place = torch.arange((last - first).max() + 1, device=first.device) + first
+    real = place <= last
+    before = torch.cat([batch.ends[:, :1, None].expand_as(first), place[..., 1:] - 1], -1)
     return before.where(real, before[..., :1]), place.where(real, first), real
 
 
 class RewardModel(nn.Module):
-    """A Hugging Face sequence classifier with one label, read at each response's last token. In fp32, or in bf16 with
-    fp32 weights, by `ranks` ranks together. `shared`: it reads rows as they are (see `shares_prompts`), or else
-    `separate_rows`."""
+    """A Hugging Face sequence classifier with one label, read at each response's last token, by `ranks` ranks together.
+    `layout` is how it reads a batch: rows with "shared" prompts, "packed" in one row by FlexAttention, or "separate"
+    rows (see `choose_layout`). Weights are fp32; in bf16, FSDP casts those that it gathers, but for the head's."""
 
     def __init__(self, model, dtype=torch.float32, ranks=1):
         super().__init__()
-        self.model, self.dtype, self.ranks, self.shared = model, dtype, ranks, True
+        self.model, self.dtype, self.ranks = model, dtype, ranks
+        self.layout, self.device = "shared", torch.device("cpu")  # `prepare` says otherwise
 
-    def hidden(self, ids, first, **kwargs):
-        """What is read, from token `first` on: the last hidden states."""
-        return self.model.base_model(ids, **kwargs).last_hidden_state[:, first:]
+    def states(self, ids, places, **kwargs):
+        """The last hidden states at places of any shape."""
+        return self.model.base_model(ids, **kwargs).last_hidden_state.flatten(0, 1)[places]
 
     def read(self, batch, places):
-        """The model at `places` (B, k) or (B, k, L) of the rows -> (rows, k, [L,] hidden), fp32."""
-        ids, kwargs, row = batch.input_ids, {"position_ids": batch.positions}, torch.arange(len(batch.ends))[:, None]
-        if self.shared:
-            kwargs["attention_mask"] = tree_mask(batch.branch)
+        """The model at `places` (B, k) or (B, k, L) -> (B, k, [L,] hidden), fp32; B is 0 if the batch has no rows."""
+        ids, positions, device = batch.input_ids, batch.positions, batch.input_ids.device
+        if self.layout == "separate":
+            order, keep = separate_rows(batch)
+            rows = torch.arange(len(order), device=device).view(len(places), -1, *[1] * (places.dim() - 2))
+            places = rows * order.size(1) + positions.flatten()[places]
+            ids, positions = ids.flatten()[order] * keep, positions.flatten()[order] * keep
+            mask = keep.long()
+        elif self.layout == "packed":
+            make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+            mask = make(sees(batch), ids.size(0), None, ids.size(1), ids.size(1), device=device)
         else:
-            ids, kwargs["attention_mask"], kwargs["position_ids"] = separate_rows(batch)
-            places = batch.positions.gather(1, places.flatten(1)).view_as(places)
-            row = torch.arange(len(ids)).view(len(row), -1)
-        # Several ranks get bf16 from FSDP, which casts the weights it gathers; the head is computed in fp32 either way.
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and self.ranks == 1):
-            hidden = self.hidden(ids, first := int(places.min()), use_cache=False, **kwargs)
-        row = row.view(row.shape + (1,) * (places.dim() - 2)).to(ids.device)
-        return hidden[row[: batch.rows], places[: batch.rows] - first].float()
+            mask = tree_mask(batch)
+        places = places[: len(batch.index)]
+        return self.states(ids, places, attention_mask=mask, position_ids=positions, use_cache=False).float()
 
     def forward(self, batch, with_features=False, every=False):
         """Batch -> rewards (B, k), fp32; with_features: also the hidden states (B, k, hidden) that the head reads;
         every: a value for each token of the responses instead, read before it, (B, k, L) as in `response_tokens`."""
-        features = self.read(batch, response_tokens(batch)[0] if every else batch.ends)
+        features = self.read(batch, response_tokens(batch)[0] if every else batch.ends[:, 1:])
         rewards = self.model.score(features).sum(-1)  # of the one label
         return (rewards, features) if with_features else rewards
 
@@ -245,13 +277,14 @@ def load_config(name, **changes):
     return config
 
 
-def load_reward_model(
-        name, tokenizer, device, dtype, seed, max_length, checkpointing=False, ranks=WORLD, flag="--model"):
+def load_reward_model(name, tokenizer, device, args, seed=None, ranks=WORLD, flag="--model"):
     """A RewardModel from a Hugging Face folder or hub id: a reward model or, where `flag` is --model, also a language
     model (it gets a new head) or a config.json (random weights). Weights are fp32, dropout is off; each rank holds a
-    shard or, with ranks = 1, a model of its own. Exits on anything that is not a decoder with a `score` head of one
+    shard or, with ranks = 1, a model of its own. `args`: dtype, seed, max_length, micro_tokens and, where a script has
+    them, attention, offload, gradient_checkpointing. Exits on anything that is not a decoder with a `score` head of one
     label."""
-    torch.manual_seed(seed)  # before the weights, so that members of an ensemble differ by their seed and nothing else
+    # before the weights, so that members of an ensemble differ by their seed and nothing else
+    torch.manual_seed(args.seed if seed is None else seed)
     try:
         saved, config = load_config(name), load_config(name, num_labels=1)
         if "SequenceClassification" in str(saved.architectures) and saved.num_labels != 1:
@@ -268,9 +301,9 @@ def load_reward_model(
         fail(f"{flag} {name}: {type(model).__name__} is not a decoder with a linear `score` head on its last token")
     if missing and flag != "--model":
         fail(f"{flag} {name} is no reward model: it lacks {min(missing)}")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or max_length
-    if positions < max_length:
-        fail(f"--max-length {max_length} is more than the {positions:,} positions of {flag} {name}")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or args.max_length
+    if positions < args.max_length:
+        fail(f"--max-length {args.max_length} is more than the {positions:,} positions of {flag} {name}")
     if lacking := missing - {"score.weight"}:
         fail(f"{flag} {name}: its files lack {len(lacking)} weights, {min(lacking)} for one")
     if missing:  # UNSTATED: the paper gives no init; this is the usual one (transformers' own has std 0.02)
@@ -279,26 +312,54 @@ def load_reward_model(
         model.resize_token_embeddings(len(tokenizer))
     for part in (model.config, model.config.get_text_config()):
         part.update({"pad_token_id": tokenizer.pad_token_id, "use_cache": False})
-    if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model = shard(RewardModel(model, dtype, ranks), device).to(device).train()
-    model.shared = shares_prompts(model, max_length, device)
-    if not model.shared:
-        say(f"{name} cannot read two responses in one row: it reads the prompt once for each, which takes longer")
+    return prepare(RewardModel(model, getattr(torch, args.dtype), ranks), name, device, args)
+
+
+def prepare(model, name, device, args):
+    """A RewardModel or its like as it is trained: checkpointed, compiled and sharded as `args` say, on its device, in
+    the layout that it can read."""
+    if getattr(args, "gradient_checkpointing", False):
+        model.model.activation_checkpointing_enable({"use_reentrant": False})
+    if flex := getattr(args, "attention", "sdpa") == "flex":
+        torch._dynamo.config.recompile_limit = 64  # a few widths of rows, each with gradients and without
+        for layer in decoder_layers(model):
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+    offload, model.device = getattr(args, "offload", False), device
+    model = shard(model, device, offload)
+    model = (model if offload else model.to(device)).train()
+    choose_layout(model, name, args, flex)
     return model
 
 
-def shard(model, device):
-    """FSDP2: split weights, gradients and optimizer state over the ranks, by decoder layer. Gradients are summed, not
-    averaged, because every loss is already divided by the global count. A model of one rank stays as it is."""
-    if model.ranks > 1:
-        mesh = init_device_mesh(device.type, (WORLD,))
-        policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
-        layers = [m for m in model.modules() if type(m).__name__ in (model.model._no_split_modules or ())]
+def decoder_layers(model):
+    """The modules that transformers says are not to be split."""
+    names = model.model._no_split_modules or ()
+    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]  # which FSDP prefixes
+
+
+@functools.cache
+def mesh(kind, ranks):
+    """The ranks that hold a model together: all, or this one alone."""
+    if not dist.is_initialized():  # one process, which torchrun did not start
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=dist.HashStore(), rank=0,
+                                world_size=1)
+        atexit.register(dist.destroy_process_group)
+    alone = [] if ranks == WORLD else [dist.new_group([RANK], use_local_synchronization=True)]
+    return DeviceMesh.from_group(*alone, kind) if alone else init_device_mesh(kind, (WORLD,))
+
+
+def shard(model, device, offload=False):
+    """FSDP2: split weights, gradients and optimizer state over the ranks, by decoder layer, compute in bf16, keep the
+    rest in host memory (`offload`). Gradients are summed, not averaged, because every loss is already divided by the
+    global count. Where nothing of this is asked for, the model stays as it is."""
+    if model.ranks > 1 or model.dtype != torch.float32 or offload:
+        layers, shared = decoder_layers(model), {"mesh": mesh(device.type, model.ranks), "reshard_after_forward": True}
+        if offload:
+            shared["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         heads = [model.model.score] if hasattr(model.model, "score") else []  # in fp32; a language model has none
+        policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
         for module in (*layers, *heads, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True,
-                        mp_policy=MixedPrecisionPolicy() if module in heads else policy)
+            fully_shard(module, mp_policy=MixedPrecisionPolicy() if module in heads else policy, **shared)
         for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
@@ -306,22 +367,38 @@ def shard(model, device):
 
 
 @torch.no_grad()
-def shares_prompts(model, max_length, device):
-    """Whether this model honours the tree mask: True if a shared row of max_length gives the features of its separate
-    rows. False for ALiBi, recurrent layers, or a sliding window shorter than max_length."""
+def choose_layout(model, name, args, flex):
+    """Set `model.layout` by trying it out: packed by FlexAttention if that is asked for, shared prompts if a row of
+    max_length gives the features of its separate rows (not so with ALiBi, recurrent layers, or a sliding window shorter
+    than max_length), or else separate rows. Exits if FlexAttention is asked for and fails."""
     vocabulary = model.model.config.get_text_config().vocab_size
-    prompt, *responses = np.random.default_rng(0).integers(vocabulary, size=(3, max(1, max_length // 2)))
-    batch = collate(datasets.Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}]), [0], device)
-    outcomes = []
-    for model.shared in (False, True):
+    prompt, *responses = np.random.default_rng(0).integers(vocabulary, size=(3, max(1, args.max_length // 2)))
+    rows, outcomes = datasets.Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}]), []
+    for model.layout in ("separate", "packed" if flex else "shared"):
         try:
+            if model.layout == "packed":
+                model.model.set_attn_implementation("flex_attention")
+            batch = collate(rows, [0], model.device, pack_width(model, args.micro_tokens))
             outcomes.append(model(batch, with_features=True)[1])
         except Exception as error:
-            if not model.shared:
+            if model.layout == "separate":
                 fail(f"the model cannot read a row of tokens: {one_line(error)}")
-            return False
-    separate, shared = outcomes  # which differ by rounding, 1e-6 in fp32 and 0.01 in bf16, or else by about 1
-    return bool((shared - separate).norm() < (0.05 if model.dtype == torch.bfloat16 else 1e-3) * separate.norm())
+            problem = one_line(error)
+    # They differ by rounding, 1e-6 in fp32 and 0.01 in bf16, or else by about 1.
+    error = (outcomes[-1] - outcomes[0]).norm() / outcomes[0].norm()
+    if len(outcomes) == 2 and error < (0.05 if model.dtype == torch.bfloat16 else 1e-3):
+        return
+    if flex:
+        why = f"its features are off by {error:.0%}" if len(outcomes) == 2 else problem
+        fail(f"--attention flex: {name} cannot read packed rows: {why}; leave it at sdpa")
+    model.layout = "separate"
+    say(f"{name} cannot read two responses in one row: it reads the prompt once for each, which takes longer")
+
+
+def clip_gradients(model, most):
+    """Scale the gradients of a model, whose shards lie on all its ranks, to a norm of at most `most`; -> their norm."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -646,38 +723,71 @@ def step_rows(n, batch_size, seed, step):
     return np.random.default_rng((seed, epoch)).permutation(n)[start * batch_size : (start + 1) * batch_size]
 
 
-def micro_batches(index, lengths, micro_tokens, ranks=WORLD):
-    """Cut the rows of one step into this rank's micro-batches, a list of int arrays: sorted by length, at most
-    `micro_tokens` tokens with the padding (a longer row stands alone), as many on every rank. The step's gradient
-    depends neither on the cuts nor on the number of ranks. They make tokens + micro_tokens / 8 per cut the least: one
-    more pass was measured to cost as much as that many tokens (117 for 1,024, on two CPU cores)."""
-    index = index[np.argsort(lengths[index], kind="stable")]
+def micro_batches(data, index, micro_tokens, model):
+    """Yield this rank's part of the rows `index` of a tokenised data set as Batches of at most `micro_tokens` tokens (a
+    longer row stands alone), as many on every rank of the model. The gradient of a step depends neither on the cuts nor
+    on the number of ranks."""
+    index, lengths = np.asarray(index), np.array(data.select_columns(["length"])[index]["length"])
+    width = pack_width(model, micro_tokens)
+    parts = (pack if width else cut)(lengths, micro_tokens, model.ranks)
+    for part in parts[RANK % model.ranks :: model.ranks]:
+        yield collate(data, index[part], model.device, width)
+
+
+def pack_width(model, micro_tokens):
+    """Packed rows are a multiple of this in length, so that there are few shapes to compile for; 0: do not pack."""
+    return -(-micro_tokens // 4) if model.layout == "packed" else 0
+
+
+def cut(lengths, micro_tokens, ranks):
+    """Lengths (N,) -> int arrays of row numbers, a multiple of `ranks`: sorted by length, at most `micro_tokens` tokens
+    with the padding. They make tokens + micro_tokens / 8 per cut the least: one more pass was measured to cost as much
+    as that many tokens (117 for 1,024, on two CPU cores)."""
+    order = np.argsort(lengths, kind="stable")
     best = [(0, 0)]  # for the first j rows: the least cost, and where the last of the cuts begins
-    for j, length in enumerate(lengths[index].tolist(), 1):
+    for j, length in enumerate(lengths[order].tolist(), 1):
         starts = range(max(0, j - max(1, micro_tokens // length)), j)
         best.append(min((best[i][0] + (j - i) * length + micro_tokens / 8, i) for i in starts))
-    cuts, j = [], len(index)
+    cuts, j = [], len(order)
     while j:
-        cuts, j = [index[best[j][1] : j], *cuts], best[j][1]
+        cuts, j = [order[best[j][1] : j], *cuts], best[j][1]
     while len(cuts) % ranks:  # halve the largest; half of one row is an empty micro-batch, which `collate` knows
         largest = max(range(len(cuts)), key=lambda i: len(cuts[i]))
         half = len(cuts[largest]) // 2
         cuts[largest : largest + 1] = [cuts[largest][:half], cuts[largest][half:]]
-    return cuts[RANK % ranks :: ranks]
+    return cuts
+
+
+def pack(lengths, micro_tokens, ranks):
+    """Lengths (N,) -> int arrays of row numbers, a multiple of `ranks`, about as full as one another and none of more
+    than `micro_tokens` tokens or the longest row, there being no padding: the longest first, each to the emptiest."""
+    most = max(micro_tokens, lengths.max())
+    count = math.ceil(lengths.sum() / most / ranks) * ranks
+    while True:
+        parts, loads = [[] for _ in range(count)], [(0, i) for i in range(count)]
+        for row in np.argsort(-lengths, kind="stable").tolist():
+            load, i = loads[0]
+            heapq.heapreplace(loads, (load + int(lengths[row]), i))
+            parts[i].append(row)
+        if max(loads)[0] <= most:
+            return [np.array(part, int) for part in parts]
+        count += max(1, count // 50 // ranks) * ranks
 
 
 @torch.no_grad()
-def score(model, data, micro_tokens, device, name="", with_features=False):
+def score(model, data, micro_tokens, name="", with_features=False):
     """Rewards of all rows, (N, k) fp32 on the CPU, in the data's order and the same on all ranks of the model;
     with_features: also the features (N, k, hidden) that the head reads."""
     model.eval()
     shape = len(data), len(data[0]["response_ids"])
     outputs = [torch.zeros(shape), torch.zeros(*shape, model.model.score.in_features if with_features else 0)]
-    parts = micro_batches(np.arange(len(data)), np.array(data["length"][:]), micro_tokens, model.ranks)
-    for micro in tqdm(parts, f"scoring {name}", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
-        for output, values in zip(outputs, model(collate(data, micro, device), with_features=True)):
+    bar = tqdm(total=len(data), desc=f"scoring {name}", leave=False, disable=RANK > 0 or not sys.stderr.isatty())
+    for batch in micro_batches(data, np.arange(len(data)), micro_tokens, model):
+        for output, values in zip(outputs, model(batch, with_features=True)):
             if output.numel():
-                output[micro] = values.cpu()
+                output[batch.index] = values.cpu()
+        bar.update(len(batch.index) * model.ranks)
+    bar.close()
     model.train()
     outputs = [all_sum(x) if model.ranks > 1 else x for x in outputs]
     return outputs if with_features else outputs[0]

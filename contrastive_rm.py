@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    RANK, WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
-    micro_batches, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
+    RANK, WORLD, Log, all_sum, clip_gradients, decoder_layers, fail, load_checkpoint, load_reward_model, load_rows,
+    load_tokenizer, micro_batches, save_checkpoint, save_model, say, score, separate_rows, settle, setup, step_rows,
+    tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -82,7 +83,10 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="of the computation; weights, scores and losses are float32 always")
+    add("--attention", choices=["sdpa", "flex"], default="sdpa", help="flex: packed rows, FlexAttention and compiled "
+        "layers, on GPUs")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
+    add("--offload", action="store_true", help="keep weights, gradients and optimizer in host memory: slower, larger")
     add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
     add("--method", choices=["simcse", "swav"], default="simcse", help="the contrastive loss")
     add("--on", choices=["pairs", "differences"], default="pairs", help="the samples it compares")
@@ -108,33 +112,35 @@ def parse_args():
 
 class Dropout:
     """Dropout behind the embedding and every decoder layer, where a stock Llama has none. A value's fate depends on its
-    row, place and channel, by a hash, and not on the batch around it: micro-batches and ranks change nothing."""
+    row in the data, its token's branch and position, and its channel, by a hash, and not on the batch around it:
+    micro-batches, ranks and the layout change nothing."""
 
     def __init__(self, model, rate):
         # UNSTATED: the place; the paper gives the rate alone.
-        self.rate, self.keys = rate, None
-        names = model.model._no_split_modules or ()  # which FSDP prefixes
-        layers = [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
-        for number, module in enumerate([model.model.get_input_embeddings(), *layers]):
+        self.model, self.rate, self.keys = model, rate, None
+        for number, module in enumerate([model.model.get_input_embeddings(), *decoder_layers(model)]):
             module.register_forward_hook(lambda module, inputs, output, number=number: self.drop(output, number))
 
-    def start(self, seed, step, view, rows):
-        """From now on drop as in view 0 or 1 of these rows in this step."""
-        self.keys = [hash((seed, step, view, int(row))) for row in (rows if len(rows) else [0])] if self.rate else None
+    def start(self, seed, step, view, batch):
+        """From now on drop as in view 0 or 1 of this batch in this step."""
+        if self.rate:
+            rows = [hash((seed, step, view, int(row))) for row in (batch.index if len(batch.index) else [0])]
+            rows = torch.tensor(rows, device=batch.tree.device)[batch.tree]  # (R, T); padding gets any
+            self.keys = scramble(rows + batch.branch * 2**32 + batch.positions)
+            if self.model.layout == "separate":
+                self.keys = self.keys.flatten()[separate_rows(batch)[0]]
 
     def stop(self):
         """From now on drop nothing."""
         self.keys = None
 
     def drop(self, output, layer):
-        """What a module gave, hidden states (rows, T, hidden), or k rows for each, with some of them dropped."""
+        """What a module gave, hidden states (R, T, hidden), with some of them dropped."""
         if self.keys is None:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        part = torch.arange(len(hidden), device=hidden.device) % (len(hidden) // len(self.keys))
-        keys = torch.tensor(self.keys, device=hidden.device).repeat_interleave(len(hidden) // len(self.keys))
-        place = torch.arange(hidden[0].numel(), device=hidden.device).view(hidden[0].shape)
-        x = scramble(scramble(keys + part + 1_000_003 * layer)[:, None, None] + place)
+        channel = torch.arange(hidden.size(-1), device=hidden.device)
+        x = scramble(scramble(self.keys + 1_000_003 * layer)[..., None] + channel)
         hidden = hidden * ((x & 0xFFFFFF) >= self.rate * 2**24) / (1 - self.rate)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -201,11 +207,11 @@ def overlap(features):
     return sum(min(pair) for pair in zip(*(torch.histc(x, 50, low, high).tolist() for x in places))) / len(features)
 
 
-def evaluate(model, sets, micro_tokens, device):
+def evaluate(model, sets, micro_tokens):
     """Means of METRICS on every named set, the 95 % interval of the accuracy (Wilson's), overlap of the features."""
     metrics = {}
     for name, data in sets.items():
-        rewards, features = score(model, data, micro_tokens, device, name, with_features=True)
+        rewards, features = score(model, data, micro_tokens, name, with_features=True)
         sums = metric_sums(rewards)
         result = dict(zip(METRICS, (sums / len(data)).tolist()))
         p, z = result["accuracy"], 1.96**2 / len(data)
@@ -216,14 +222,14 @@ def evaluate(model, sets, micro_tokens, device):
     return metrics
 
 
-def plot(path, model, sets, micro_tokens, device):
+def plot(path, model, sets, micro_tokens):
     """Fig. 11: the features of chosen and rejected on their two principal components, a panel for each set."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, len(sets), figsize=(4 * len(sets), 4), squeeze=False)
     for axis, (name, data) in zip(axes[0], sets.items()):
-        features = score(model, data, micro_tokens, device, name, with_features=True)[1]
+        features = score(model, data, micro_tokens, name, with_features=True)[1]
         flat = (features - features.mean((0, 1))).flatten(0, 1)
         places = (flat @ torch.pca_lowrank(flat, center=False)[2][:, :2]).view(len(features), 2, 2)
         for k, label in enumerate(("chosen", "rejected")):
@@ -248,9 +254,7 @@ if __name__ == "__main__":
     sources = dict(pair.split("=", 1) for pair in args.eval_data)
     sets = {key: tokenize(load_rows(source, "test"), source, tokenizer, args.max_length)
             for key, source in sources.items()}
-    lengths = np.array(train["length"][:])
-    model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
-                              args.gradient_checkpointing)
+    model = load_reward_model(name, tokenizer, device, args)
     dropout, views = Dropout(model, args.dropout), range(2 if args.dropout else 1)
     parts = nn.ModuleDict({"model": model})
     if args.method == "swav":  # a copy on every rank, which the same gradients keep the same
@@ -258,13 +262,13 @@ if __name__ == "__main__":
         parts["prototypes"] = nn.Linear(model.model.score.in_features, args.prototypes, bias=False).to(device)
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the authors' released trainer.
-    optimizers = [torch.optim.AdamW(part.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
-                  for part in parts.values()]
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0,
+                                    fused=device.type == "cuda") for part in parts.values()]
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, parts, optimizers) if args.resume else 0
-    log.start(start, steps, lengths)
+    log.start(start, steps, train["length"][:])
 
     for step in range(start, steps):
         began = time.time()
@@ -275,30 +279,29 @@ if __name__ == "__main__":
 
         index = step_rows(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        micros, place = micro_batches(index, lengths, args.micro_tokens), np.zeros(len(train), int)
+        batches, place = [*micro_batches(train, index, args.micro_tokens, model)], np.zeros(len(train), int)
         place[index] = np.arange(len(index))  # of a row in the batch
         if args.beta:  # the contrastive loss of the whole batch, and its gradient at the features
             features = torch.zeros(2, len(index), 2, model.model.score.in_features, device=device)
             with torch.no_grad():
-                for view, micro in itertools.product(views, micros):
-                    dropout.start(args.seed, step, view, micro)
-                    features[view, place[micro]] = model(collate(train, micro, device), with_features=True)[1]
+                for view, batch in itertools.product(views, batches):
+                    dropout.start(args.seed, step, view, batch)
+                    features[view, place[batch.index]] = model(batch, with_features=True)[1]
             h = samples(all_sum(features).requires_grad_(), args.on)
             contrastive = simcse(h, args.temperature) if args.method == "simcse" else swav(
                 h, parts["prototypes"].weight, args.temperature, args.epsilon, args.sinkhorn_iterations)
             (args.beta * contrastive).backward()
 
-        for view, micro in itertools.product(views, micros):
-            dropout.start(args.seed, step, view, micro)
-            rewards, again = model(collate(train, micro, device), with_features=True)  # (B, 2), (B, 2, hidden)
+        for view, batch in itertools.product(views, batches):
+            dropout.start(args.seed, step, view, batch)
+            rewards, again = model(batch, with_features=True)  # (B, 2), (B, 2, hidden)
             loss = preference_loss(rewards, args.center).sum() / len(index) / len(views)
             if args.beta:
-                loss = loss + (features.grad[view, place[micro]] * again).sum()
+                loss = loss + (features.grad[view, place[batch.index]] * again).sum()
             loss.backward()
             sums += metric_sums(rewards.detach()) / len(views)
         dropout.stop()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
+        grad_norm = clip_gradients(model, args.clip)
         metrics = {"pairs": step // per_epoch * len(train) + step % per_epoch * args.batch_size + len(index)}
         metrics |= {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
         if not math.isfinite(metrics["train/loss"] + grad_norm):
@@ -312,14 +315,14 @@ if __name__ == "__main__":
         speed = len(index) / (time.time() - began)
         metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
         if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics |= evaluate(model, sets, args.micro_tokens, device)
+            metrics |= evaluate(model, sets, args.micro_tokens)
         log(step + 1, metrics)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(args.output_dir, parts, optimizers, step + 1)
 
     save_model(f"{args.output_dir}/model", model, tokenizer)
     if args.plot and sets:
-        plot(f"{args.output_dir}/features.png", model, sets, args.micro_tokens, device)
+        plot(f"{args.output_dir}/features.png", model, sets, args.micro_tokens)
     for key in sets:
         say("{}: accuracy {accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})".format(
             key, **{name.removeprefix(f"eval/{key}/"): value for name, value in metrics.items()}))

@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    one_line, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
+    WORLD, Log, all_sum, clip_gradients, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
+    micro_batches, one_line, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("fnlp/hh-rlhf-strength-cleaned", "toy"),
@@ -84,7 +84,10 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="of the computation; weights, scores and losses are float32 always")
+    add("--attention", choices=["sdpa", "flex"], default="sdpa", help="flex: packed rows, FlexAttention and compiled "
+        "layers, on GPUs")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
+    add("--offload", action="store_true", help="keep weights, gradients and optimizer in host memory: slower, larger")
     add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
     add("--strength", help="the data with their strengths, from vote_strength.py or the authors' release; by default "
         "--data itself if it has them, else runs/vote_strength/train.jsonl")
@@ -183,11 +186,11 @@ def by_label_and_strength(rewards, data, segments=20):
     return metrics
 
 
-def evaluate(model, sets, micro_tokens, device):
+def evaluate(model, sets, micro_tokens):
     """Means of METRICS on every named set, and the 95 % interval of the accuracy (Wilson's)."""
     metrics = {}
     for name, data in sets.items():
-        rewards = score(model, data, micro_tokens, device, name)
+        rewards = score(model, data, micro_tokens, name)
         sums = metric_sums(rewards)
         result = dict(zip(METRICS, (sums / len(data)).tolist()))
         p, z = result["accuracy"], 1.96**2 / len(data)
@@ -238,17 +241,16 @@ if __name__ == "__main__":
         target = np.append(target, 1 / (1 + np.exp(-mu)))
     say(f"{swap.sum():,} pairs flipped, {(target != 1).sum():,} targets other than 1, mean margin {margin.mean():.3f}")
     swap, margin, target = (torch.tensor(x, device=device) for x in (swap, margin.astype("f4"), target.astype("f4")))
-    lengths = np.array(train["length"][:])
-    model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
-                              args.gradient_checkpointing)
+    model = load_reward_model(name, tokenizer, device, args)
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the authors' released trainer.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0,
+                                  fused=device.type == "cuda")
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps, lengths, swap, margin, target)
+    log.start(start, steps, train["length"][:], swap, margin, target)
 
     for step in range(start, steps):
         began = time.time()
@@ -259,15 +261,14 @@ if __name__ == "__main__":
 
         index = step_rows(len(train), args.batch_size, args.seed, step)
         sums, trained = torch.zeros(len(METRICS), dtype=torch.float64, device=device), torch.zeros(1, device=device)
-        for micro in micro_batches(index, lengths, args.micro_tokens):
-            rewards = model(collate(train, micro, device))  # (B, 2)
-            rewards = torch.where(swap[micro][:, None], rewards.flip(1), rewards)
-            loss = preference_loss(rewards, margin[micro], target[micro], args.center).sum() / len(index)
+        for batch in micro_batches(train, index, args.micro_tokens, model):
+            rewards = model(batch)  # (B, 2)
+            rewards = torch.where(swap[batch.index][:, None], rewards.flip(1), rewards)
+            loss = preference_loss(rewards, margin[batch.index], target[batch.index], args.center).sum() / len(index)
             loss.backward()
             trained += loss.detach()
             sums += metric_sums(rewards.detach())
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
+        grad_norm = clip_gradients(model, args.clip)
         metrics = {"pairs": step // per_epoch * len(train) + step % per_epoch * args.batch_size + len(index)}
         metrics |= {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
         if not math.isfinite(metrics["train/loss"] + grad_norm):
@@ -280,7 +281,7 @@ if __name__ == "__main__":
         speed = len(index) / (time.time() - began)
         metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
         if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics |= evaluate(model, sets, args.micro_tokens, device)
+            metrics |= evaluate(model, sets, args.micro_tokens)
         log(step + 1, metrics)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(args.output_dir, model, optimizer, step + 1)

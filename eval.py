@@ -266,7 +266,7 @@ def encode_items(items, source, tokenizer, max_length):
     return datasets.Dataset.from_list(rows), places
 
 
-def score_set(model, tokenizer, rows, items, source, args, device):
+def score_set(model, tokenizer, rows, items, source, args):
     """-> scores (N, k) of the raw rows, NaN where a row was dropped or has fewer responses, and for comparisons the
     features (n, 2, hidden) of those that were not."""
     if items is None:
@@ -278,7 +278,7 @@ def score_set(model, tokenizer, rows, items, source, args, device):
     scores, features = np.full((len(rows), max(map(len, places))), math.nan), None
     for size in np.unique(sizes):
         part = np.flatnonzero(sizes == size)
-        values, features = score(model, data.select(part), args.micro_tokens, device, source, with_features=True)
+        values, features = score(model, data.select(part), args.micro_tokens, source, with_features=True)
         for i, row in zip(part, values.numpy()):
             scores[where[i], : len(places[i])] = row[places[i]]
     return scores, features if items is None else None
@@ -625,10 +625,9 @@ def compare(args, prompts, answers, toy, device):
         scores = np.array([[toy_gold(prompt, x) for x in mine] for prompt, *mine in zip(prompts, *answers.values())])
     else:
         tokenizer = load_tokenizer(rest, None)
-        model = load_reward_model(rest, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
-                                  flag="--judge")
+        model = load_reward_model(rest, tokenizer, device, args, flag="--judge")
         items = [(prompt, mine, 0) for prompt, *mine in zip(prompts, *answers.values())]
-        scores, _ = score_set(model, tokenizer, items, items, rest, args, device)
+        scores, _ = score_set(model, tokenizer, items, items, rest, args)
     ahead = scores - scores[:, :1]
     return {name: (np.sign(x) * (np.abs(x) > args.tie_threshold), 0) for name, x in zip(others, ahead.T[1:])}
 
@@ -801,7 +800,7 @@ if __name__ == "__main__":
     if args.max_length <= args.max_new_tokens and writers:
         fail(f"--max-new-tokens {args.max_new_tokens} leave no room for a prompt in --max-length {args.max_length}")
     if policies and kind == "gold" and prompts and not all(map(is_toy, prompts)):
-        fail(f"--judge gold knows the toy's prompts only: give rm:FOLDER, llm:FOLDER or an address")
+        fail("--judge gold knows the toy's prompts only: give rm:FOLDER, llm:FOLDER or an address")
     if policies and kind.startswith("http") and RANK == 0:
         ask_address(args.judge, ["Answer with one word: are you there?"], args)  # or it ends here, not after the work
     log.start(0, len(models))
@@ -830,10 +829,9 @@ if __name__ == "__main__":
             models["average of weights"] = str(Path(args.output_dir) / "warm")
     for number, (name, folder) in enumerate(models.items(), 1):
         tokenizer = load_tokenizer(folder, None)
-        model = load_reward_model(folder, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
-                                  flag="--reward-models")
+        model = load_reward_model(folder, tokenizer, device, args, flag="--reward-models")
         for key, (source, rows, items, *_) in (sets | choices).items():
-            said[key][name] = score_set(model, tokenizer, rows, items, source, args, device)
+            said[key][name] = score_set(model, tokenizer, rows, items, source, args)
         log(number, {"model": name})
     if args.ensemble is not None:
         for key in said:

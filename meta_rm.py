@@ -33,9 +33,10 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
 from common import (
-    RANK, WORLD, Log, all_sum, collate, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
+    RANK, WORLD, Log, all_sum, clip_gradients, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
     micro_batches, read_row, replaced, sample_responses, save_checkpoint, save_model, say, score, settle, setup,
     step_rows, tokenize, toy_model)
 
@@ -81,7 +82,10 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="of the computation; weights, scores and losses are float32 always")
+    add("--attention", choices=["sdpa", "flex"], default="sdpa", help="flex: packed rows, FlexAttention and compiled "
+        "layers, on GPUs")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
+    add("--offload", action="store_true", help="keep weights, gradients and optimizer in host memory: slower, larger")
     add("--center", type=float, default=0.0, help="weight of the centring term (r_c + r_r)^2; 0: none, as in the paper")
     add("--eta", type=float, help="size of the ascent on J; 0: none")
     add("--ascent", choices=["plain", "normalized"], default="plain", help="eta times the gradient, or its direction")
@@ -116,7 +120,7 @@ def difference(rewards):
 
 def norm(tensors):
     """Euclidean norm of all tensors together, over the shards of all ranks."""
-    shards = (x.to_local() if WORLD > 1 else x for x in tensors)
+    shards = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
     return math.sqrt(all_sum(sum(torch.linalg.vector_norm(x).double() ** 2 for x in shards)).item())
 
 
@@ -135,11 +139,11 @@ def metric_sums(rewards):
     return torch.stack([-F.logsigmoid(margin), margin > 0, margin, margin == 0, *rewards.T]).double().sum(1)
 
 
-def evaluate(model, sets, micro_tokens, device):
+def evaluate(model, sets, micro_tokens):
     """Means of METRICS on every named set, and the 95 % interval of the accuracy (Wilson's)."""
     metrics = {}
     for name, data in sets.items():
-        sums = metric_sums(score(model, data, micro_tokens, device, name))
+        sums = metric_sums(score(model, data, micro_tokens, name))
         result = dict(zip(METRICS, (sums / len(data)).tolist()))
         p, z = result["accuracy"], 1.96**2 / len(data)
         half = math.sqrt(z * p * (1 - p) + z**2 / 4)
@@ -148,9 +152,9 @@ def evaluate(model, sets, micro_tokens, device):
     return metrics
 
 
-def evaluate_meta(model, held_out, micro_tokens, device):
+def evaluate_meta(model, held_out, micro_tokens):
     """J, mean and deciles of |r_i - r_j| over the pairs of responses to a prompt, on meta data held out (Fig. 16)."""
-    rewards = score(model, held_out, micro_tokens, device, "meta data")
+    rewards = score(model, held_out, micro_tokens, "meta data")
     i, j = torch.triu_indices(rewards.size(1), rewards.size(1), 1)
     gaps = (rewards[:, i] - rewards[:, j]).abs().flatten()
     metrics = {"J": difference(rewards).mean().item(), "difference": gaps.mean().item()}
@@ -178,7 +182,6 @@ if __name__ == "__main__":
     sources = dict(pair.split("=", 1) for pair in args.eval_data)
     sets = {key: tokenize(load_rows(source, "test"), source, tokenizer, args.max_length)
             for key, source in sources.items()}
-    lengths = np.array(train["length"][:])
 
     # the meta set: read, or sampled for prompts of the data; its last tenth is held out to watch
     watched = args.eta or args.meta_data
@@ -202,22 +205,21 @@ if __name__ == "__main__":
             fail(f"{source}: two rows are the least, one is held out")
         held_out = meta.select(range(len(meta) - max(1, len(meta) // 10), len(meta)))
         meta = meta.select(range(len(meta) - len(held_out)))
-        meta_lengths = np.array(meta["length"][:])
-    model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), args.seed, args.max_length,
-                              args.gradient_checkpointing)
+    model = load_reward_model(name, tokenizer, device, args)
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the authors' released trainer.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0,
+                                  fused=device.type == "cuda")
     per_epoch = math.ceil(len(train) / args.batch_size)
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps, lengths, *([meta_lengths] if watched else []))
+    log.start(start, steps, train["length"][:], *([meta["length"][:]] if watched else []))
     if watched and RANK == 0 and given is None:
         with replaced(path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in responses))
     if watched and not start:
-        report("before training", evaluate_meta(model, held_out, args.micro_tokens, device))
+        report("before training", evaluate_meta(model, held_out, args.micro_tokens))
 
     for step in range(start, steps):
         began = time.time()
@@ -228,8 +230,8 @@ if __name__ == "__main__":
 
         if args.eta:  # climb J on a batch of the meta set, Eq. 12
             index, climbed = step_rows(len(meta), args.meta_batch_size, args.seed, step), torch.zeros(1, device=device)
-            for micro in micro_batches(index, meta_lengths, args.micro_tokens):
-                objective = difference(model(collate(meta, micro, device))).sum() / len(index)
+            for batch in micro_batches(meta, index, args.micro_tokens, model):
+                objective = difference(model(batch)).sum() / len(index)
                 objective.backward()
                 climbed += objective.detach()
             weights = [w for w in model.parameters() if w.grad is not None]
@@ -243,8 +245,8 @@ if __name__ == "__main__":
         # learn from the comparisons there, Eq. 13
         index = step_rows(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
-        for micro in micro_batches(index, lengths, args.micro_tokens):
-            rewards = model(collate(train, micro, device))  # (B, 2)
+        for batch in micro_batches(train, index, args.micro_tokens, model):
+            rewards = model(batch)  # (B, 2)
             loss = preference_loss(rewards, args.center).sum() / len(index)
             loss.backward()
             sums += metric_sums(rewards.detach())
@@ -253,8 +255,7 @@ if __name__ == "__main__":
             with torch.no_grad():
                 for w, old in zip(weights, saved):
                     w.copy_(old)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        grad_norm = grad_norm.full_tensor().item() if WORLD > 1 else grad_norm.item()
+        grad_norm = clip_gradients(model, args.clip)
         metrics = {"pairs": step // per_epoch * len(train) + step % per_epoch * args.batch_size + len(index)}
         metrics |= {f"train/{key}": value for key, value in zip(METRICS, (all_sum(sums) / len(index)).tolist())}
         if not math.isfinite(metrics["train/loss"] + grad_norm):
@@ -269,8 +270,8 @@ if __name__ == "__main__":
         speed = len(index) / (time.time() - began)
         metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "train/pairs_per_sec": speed}
         if step + 1 == steps or args.eval_every and (step + 1) % args.eval_every == 0:
-            metrics |= evaluate(model, sets, args.micro_tokens, device)
-            metrics |= evaluate_meta(model, held_out, args.micro_tokens, device) if watched else {}
+            metrics |= evaluate(model, sets, args.micro_tokens)
+            metrics |= evaluate_meta(model, held_out, args.micro_tokens) if watched else {}
         log(step + 1, metrics)
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_checkpoint(args.output_dir, model, optimizer, step + 1)

@@ -42,10 +42,10 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from common import (
-    RANK, WORLD, Log, RewardModel, all_sum, as_answers, barrier, collate, encode_answers, encode_prompts, fail,
+    RANK, WORLD, Log, RewardModel, all_sum, as_answers, barrier, clip_gradients, encode_answers, encode_prompts, fail,
     last_checkpoint, load_checkpoint, load_language_model, load_prompts, load_reward_model, load_tokenizer,
-    micro_batches, replaced, respond, response_tokens, save_checkpoint, save_model, say, score, settle, setup,
-    shard, shares_prompts, step_rows, toy_gold, toy_model)
+    micro_batches, prepare, replaced, respond, response_tokens, save_checkpoint, save_model, say, score, settle, setup,
+    step_rows, toy_gold, toy_model)
 
 # UNSTATED: whether the paper's 32 are prompts or responses (here prompts), the clips of ratio and value (here those of
 # the authors' released PPO), the whitening.
@@ -146,24 +146,26 @@ def parse_args():
 class Policy(RewardModel):
     """A language model that reads shared prompts: log-probabilities of the response tokens, and samples."""
 
-    def hidden(self, ids, first, **kwargs):
-        return self.model(ids, logits_to_keep=ids.size(1) - first, **kwargs).logits  # half the tokens are prompts
+    def states(self, ids, places, **kwargs):
+        """The logits at places of any shape, computed there alone: half the tokens are prompts."""
+        row, column = places // ids.size(1), places % ids.size(1)
+        kept = column.unique()
+        return self.model(ids, logits_to_keep=kept, **kwargs).logits[row, torch.searchsorted(kept, column)]
 
     def forward(self, batch, temperature=1.0, with_features=False):
         """Batch -> log-probability of each response token under the sampling distribution, and the entropy of that,
         (B, k, L) each, 0 where there is no token; with_features: None and the logits at the last tokens."""
         if with_features:
-            return None, self.read(batch, batch.ends)
-        before, place, real = response_tokens(batch)
-        token = batch.input_ids.gather(1, place.flatten(1)).view_as(place)[: batch.rows, ..., None]
-        logp, real = torch.log_softmax(self.read(batch, before) / temperature, -1), real[: batch.rows]
+            return None, self.read(batch, batch.ends[:, 1:])
+        (before, place, real), rows = response_tokens(batch), len(batch.index)
+        token, real = batch.input_ids.flatten()[place][:rows, ..., None], real[:rows]
+        logp = torch.log_softmax(self.read(batch, before) / temperature, -1)
         return logp.gather(-1, token)[..., 0] * real, -(logp.exp() * logp).sum(-1) * real
 
     def generate(self, ids, **kwargs):
         """Sample, as `respond` asks for it."""
         self.eval()  # or gradient checkpointing would take the cache away
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16 and self.ranks == 1):
-            tokens = self.model.generate(ids, synced_gpus=self.ranks > 1, **kwargs)
+        tokens = self.model.generate(ids, synced_gpus=self.ranks > 1, **kwargs)
         self.train()
         return tokens
 
@@ -177,12 +179,8 @@ def load_policy(name, tokenizer, device, args):
     # DEVIATION: the paper samples with top-p 0.9 and a repetition penalty of 1.1 as well. What is learnt from must have
     # the log-probabilities that it was sampled with, and those of a nucleus are not defined once the policy moves.
     model = load_language_model(name, "--model", torch.float32, tokenizer, args.temperature, args.max_new_tokens)
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    policy = shard(Policy(model, getattr(torch, args.dtype), WORLD), device).to(device).train()
-    if WORLD > 1:
-        register_fsdp_forward_method(policy, "generate")
-    policy.shared = shares_prompts(policy, args.max_length, device)
+    policy = prepare(Policy(model, getattr(torch, args.dtype), WORLD), name, device, args)
+    register_fsdp_forward_method(policy, "generate")  # does nothing where there is no FSDP
     return policy
 
 
@@ -207,17 +205,17 @@ def as_rows(prompts, answers, ends_with=None):
 
 
 @torch.no_grad()
-def by_token(model, data, micro_tokens, device, **kwargs):
+def by_token(model, data, micro_tokens, **kwargs):
     """A value for each response token of all rows, 0 where there is none, (N, k, L) on the device, and whether there is
     one; the same on all ranks."""
-    counts = torch.tensor([[len(y) for y in answer] for answer in data["response_ids"][:]], device=device)
-    real = torch.arange(counts.max(), device=device) < counts[..., None]
-    output = torch.zeros(real.shape, device=device)
-    for micro in micro_batches(np.arange(len(data)), np.array(data["length"][:]), micro_tokens):
-        values = model(collate(data, micro, device), **kwargs)
+    counts = torch.tensor([[len(y) for y in answer] for answer in data["response_ids"][:]], device=model.device)
+    real = torch.arange(counts.max(), device=model.device) < counts[..., None]
+    output = torch.zeros(real.shape, device=model.device)
+    for batch in micro_batches(data, np.arange(len(data)), micro_tokens, model):
+        values = model(batch, **kwargs)
         values = values[0] if isinstance(values, tuple) else values
-        if len(micro):
-            output[micro, :, : values.size(2)] = values
+        if len(batch.index):
+            output[batch.index, :, : values.size(2)] = values
     return all_sum(output) * real, real
 
 
@@ -318,13 +316,13 @@ def judge(prompts, answers, models, tokenizer, args, device):
         shown = as_rows(*zip(*(
             encode_answers(prompt, as_answers(prompt, answer, tokenizer), models["reader"], args.max_length)[:2]
             for prompt, answer in zip(prompts.texts, answers))))
-    scores = score(models["reward"], shown, args.micro_tokens, device).to(device)
+    scores = score(models["reward"], shown, args.micro_tokens).to(device)
     if not scores.isfinite().all():
         fail(f"{(~scores.isfinite()).sum():,} scores of the reward model are not finite: its weights must be broken")
     gold = [[toy_gold(text, y) if prompts.toy else math.nan for y in ys] for text, ys in zip(prompts.texts, said)]
     ended = [[y[-1] == eos for y in answer] for answer in answers]
     (logp, real), (reference, _) = (
-        by_token(models[name], rows, args.micro_tokens, device, temperature=args.temperature)
+        by_token(models[name], rows, args.micro_tokens, temperature=args.temperature)
         for name in ("policy", "reference"))
     return Judged(rows, said, scores, torch.tensor(gold).to(scores), torch.tensor(ended, device=device), logp,
                   reference, real)
@@ -418,21 +416,20 @@ if __name__ == "__main__":
         if judged_by != args.reward_model:
             start = judges[number - 1] if number and args.rm_from == "last" else sft
             train_reward_model(judged_by.parent, start, latest, args)
-        reader, critic_from, dtype = load_tokenizer(judged_by, None), judged_by, getattr(torch, args.dtype)
+        reader, critic_from = load_tokenizer(judged_by, None), judged_by
         if foreign := reader.get_vocab() != tokenizer.get_vocab():
             # UNSTATED: a critic reads the policy's tokens, so it cannot start from a model that has others.
             critic_from = sft
             say(f"{judged_by} has another tokenizer than {sft}: it reads text, and the critic starts from the latter")
         policy = load_policy(latest if args.policy_from == "last" else sft, tokenizer, device, args)
-        critic = load_reward_model(
-            critic_from, tokenizer, device, dtype, args.seed, args.max_length, args.gradient_checkpointing)
-        reward_model = load_reward_model(
-            judged_by, reader, device, dtype, args.seed, args.max_length, flag="--reward-model").requires_grad_(False)
+        critic = load_reward_model(critic_from, tokenizer, device, args)
+        reward_model = load_reward_model(judged_by, reader, device, args, flag="--reward-model").requires_grad_(False)
         reference = load_policy(latest if args.reference == "last" else sft, tokenizer, device, args)
         models = {"policy": policy, "reference": reference.requires_grad_(False), "reward": reward_model,
                   "reader": reader if foreign else None}
         parts = nn.ModuleDict({"policy": policy, "critic": critic, "moments": (moments := Moments())})
-        optimizers = [torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0)
+        optimizers = [torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0,
+                                        fused=device.type == "cuda")
                       for part, lr, eps in ((policy, args.lr, 1e-6), (critic, args.critic_lr, 1e-8))]
         first = number * args.iterations
         start = load_checkpoint(out, parts, optimizers) if begin > first else first
@@ -456,7 +453,7 @@ if __name__ == "__main__":
             rolled = time.time() - began
             judged = judge(mine, answers, models, tokenizer, args, device)
             real, old = judged.real, {"logp": judged.logp}
-            old["value"], _ = by_token(critic, judged.rows, args.micro_tokens, device, every=True)
+            old["value"], _ = by_token(critic, judged.rows, args.micro_tokens, every=True)
             scores, clipped = moments.rescale(judged.scores, args.reward_scaling, args.reward_clip)
             scores = scores - args.missing_eos_penalty * ~judged.ended
             rewards = token_rewards(scores, judged.logp, judged.reference, real, args.kl)
@@ -469,14 +466,13 @@ if __name__ == "__main__":
 
             # learn from them
             orders = [np.random.default_rng((args.seed, step, i)).permutation(len(picked)) for i in range(args.epochs)]
-            lengths, sums, tokens = np.array(judged.rows["length"][:]), torch.zeros(len(METRICS)).to(old["logp"]), 0
+            sums, tokens = torch.zeros(len(METRICS)).to(old["logp"]), 0
             for index in (part for order in orders for part in np.array_split(order, args.minibatches)):
                 count, now = real[index].sum().item(), torch.zeros_like(sums)
-                for micro in micro_batches(index, lengths, args.micro_tokens):
-                    batch = collate(judged.rows, micro, device)
+                for batch in micro_batches(judged.rows, index, args.micro_tokens, policy):
                     logp, entropy = policy(batch, args.temperature)  # (B, k, L)
-                    mask = real[micro, :, : logp.size(2)]
-                    was = {key: x[micro, :, : logp.size(2)][mask] for key, x in old.items()}  # (tokens,)
+                    mask = real[batch.index, :, : logp.size(2)]
+                    was = {key: x[batch.index, :, : logp.size(2)][mask] for key, x in old.items()}  # (tokens,)
                     logp, entropy = logp[mask], entropy[mask]
                     loss, held = policy_loss(logp, was["logp"], was["advantage"], args.ratio_clip)
                     ((loss - args.entropy * entropy).sum() / count).backward()
@@ -490,8 +486,7 @@ if __name__ == "__main__":
                 if not tokens and means["log_ratio"] > (0.1 if args.dtype == "bfloat16" else 1e-3):
                     fail(f"step {step + 1}: before any update the log-probabilities differ from those of the "
                          f"roll-outs, by {means['log_ratio']:.4f} a token; they should be equal")
-                norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip) for model in (policy, critic)]
-                norms = [norm.full_tensor().item() if WORLD > 1 else norm.item() for norm in norms]
+                norms = [clip_gradients(model, args.clip) for model in (policy, critic)]
                 if not math.isfinite(means["policy_loss"] + means["value_loss"] + sum(norms)):
                     fail(f"step {step + 1}: a loss or its gradient is not finite; lower --lr or --critic-lr (earlier "
                          f"checkpoints in {out} are intact)")

@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    RANK, WORLD, Log, all_sum, barrier, collate, fail, load_reward_model, load_rows, load_tokenizer, micro_batches,
-    replaced, say, score, settle, setup, step_rows, tokenize, toy_model)
+    RANK, WORLD, Log, all_sum, barrier, clip_gradients, fail, load_reward_model, load_rows, load_tokenizer,
+    micro_batches, replaced, say, score, settle, setup, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -70,7 +70,10 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="of the computation; weights, scores and losses are float32 always")
+    add("--attention", choices=["sdpa", "flex"], default="sdpa", help="flex: packed rows, FlexAttention and compiled "
+        "layers, on GPUs")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more computation")
+    add("--offload", action="store_true", help="keep weights, gradients and optimizer in host memory: slower, larger")
     add("--members", type=int, default=10, help="M, the reward models that vote")
     add("--shard", action="store_true", help="all ranks train each member together; else every rank trains its own")
     add("--cross-fit", type=int, default=0, metavar="K", help="vote on each of K parts by models of the other parts; "
@@ -136,10 +139,9 @@ def total_steps(n, args):
 
 def fit(name, tokenizer, data, args, seed, device, ranks, log):
     """Train one reward model, by the loop of baseline_rm.py; `log` gets the metrics of every step. -> RewardModel"""
-    lengths = np.array(data["length"][:])
-    model = load_reward_model(name, tokenizer, device, getattr(torch, args.dtype), seed, args.max_length,
-                              args.gradient_checkpointing, ranks)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    model = load_reward_model(name, tokenizer, device, args, seed, ranks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0,
+                                  fused=device.type == "cuda")
     steps = total_steps(len(data), args)
     warmup = max(1, round(steps * args.warmup))
     for step in range(steps):
@@ -149,14 +151,13 @@ def fit(name, tokenizer, data, args, seed, device, ranks, log):
 
         index = step_rows(len(data), args.batch_size, seed, step)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for micro in micro_batches(index, lengths, args.micro_tokens, ranks):
-            rewards = model(collate(data, micro, device))  # (B, 2)
+        for batch in micro_batches(data, index, args.micro_tokens, model):
+            rewards = model(batch)  # (B, 2)
             margin = rewards[:, 0] - rewards[:, 1]
             loss = -F.logsigmoid(margin).sum() / len(index)  # Eq. 2
             loss.backward()
             sums += torch.stack([loss.detach(), (margin > 0).sum() / len(index)])
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        grad_norm = grad_norm.full_tensor().item() if ranks > 1 else grad_norm.item()
+        grad_norm = clip_gradients(model, args.clip)
         loss, accuracy = (all_sum(sums) if ranks > 1 else sums).tolist()
         if not math.isfinite(loss + grad_norm):
             fail(f"seed {seed}, step {step + 1}: the loss is {loss}, the gradient's norm {grad_norm}; lower --lr "
@@ -267,7 +268,7 @@ if __name__ == "__main__":
             seconds["train"], began = seconds["train"] + time.time() - began, time.time()
             for key, data in sets.items():
                 judge = np.flatnonzero(part_of == part) if parts and key == "train" else np.arange(len(data))
-                rewards = score(model, data.select(judge), args.micro_tokens, device, key)
+                rewards = score(model, data.select(judge), args.micro_tokens, key)
                 votes[key][judge] += rewards if key == "train" else rewards / len(sizes)
             seconds["score"] += time.time() - began
         if RANK % ranks == 0:

@@ -3,17 +3,20 @@
     python tests/bench_rm.py --data FILE [--steps 12] [--only ours trl ...]
 
     ours        shared prompts, honest random batches, rows sorted inside the step and cut into micro-batches
+    flex        the same batches by --attention flex: packed rows, FlexAttention, compiled layers; on CUDA alone
     padded      the same batches, each one padded batch of 2B separate rows
     grouped     the same rows, padded and separate, in batches grouped by length (no honest random batches)
     trl         the same rows by TRL's RewardTrainer with its defaults, where `trl` can be imported
 
-Prints a Markdown table. Pairs/s: pairs over seconds, optimizer steps included, after one more step that warms up.
+Prints a Markdown table. Pairs/s: pairs over seconds, optimizer steps included, after one more step that warms up (flex:
+after all of them once, so that every width of a row is compiled).
 Tokens/s: of pairs with their prompt once, which is what has to be read. Share of the peak: 6 operations for each of
 those tokens and each weight of the layers, over what one large matrix product reaches here. Peak memory: on CUDA.
 """
 
 import argparse
 import contextlib
+import copy
 import sys
 import tempfile
 import time
@@ -25,7 +28,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import (  # noqa: E402
-    RewardModel, collate, load_rows, load_tokenizer, micro_batches, setup, step_rows, tokenize)
+    RewardModel, clip_gradients, load_rows, load_tokenizer, micro_batches, prepare, setup, step_rows, tokenize)
 from transformers import AutoModelForSequenceClassification, LlamaConfig  # noqa: E402
 
 
@@ -35,20 +38,20 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16, help="pairs per step")
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--micro-tokens", type=int, default=1024, help="of ours")
+    parser.add_argument("--micro-tokens", type=int, default=8192 if torch.cuda.is_available() else 1024)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--only", nargs="*", default=["ours", "padded", "grouped", "trl"])
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of ours")
+    parser.add_argument("--only", nargs="*", default=["ours", "flex", "padded", "grouped", "trl"])
     return parser.parse_args()
 
 
-def new_model(config, tokenizer, dtype):
+def new_model(config, tokenizer):
     torch.manual_seed(0)
     config.pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa")
-    return RewardModel(model, dtype).to(device).train()
+    return AutoModelForSequenceClassification.from_config(copy.deepcopy(config), attn_implementation="sdpa")
 
 
 def matmul_peak(dtype):
@@ -71,31 +74,36 @@ def rows_of(data, index):
 
 
 def plain(data, config, tokenizer, args, kind):
-    """Pairs/s of one of ours, padded, grouped."""
-    model = new_model(config, tokenizer, getattr(torch, args.dtype))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    lengths = np.array(data["length"])
-    order = np.argsort(lengths) if kind == "grouped" else np.arange(len(data))
+    """Pairs/s of one of ours, flex, padded, grouped."""
+    model, ours = new_model(config, tokenizer), kind in ("ours", "flex")
+    if ours:
+        args.attention = "flex" if kind == "flex" else "sdpa"
+        model = prepare(RewardModel(model, getattr(torch, args.dtype)), kind, device, args)
+    else:
+        model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
+    order = np.argsort(data["length"][:]) if kind == "grouped" else np.arange(len(data))
     batches = np.array_split(order, args.steps)
+    warm = batches if kind == "flex" else [batches[len(batches) // 2]]
     seconds = []
-    for index in [batches[len(batches) // 2], *batches]:
+    for index in [*warm, *batches]:
         began = time.perf_counter()
-        if kind == "ours":
-            for micro in micro_batches(index, lengths, args.micro_tokens):
-                rewards = model(collate(data, micro, device))
+        if ours:
+            for batch in micro_batches(data, index, args.micro_tokens, model):
+                rewards = model(batch)
                 (-F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum() / len(index)).backward()
         else:
             ids, mask = rows_of(data, index)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                rewards = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().view(2, -1)
+                rewards = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().view(2, -1)
             (-F.logsigmoid(rewards[0] - rewards[1]).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return len(data) / sum(seconds[1:])
+    return len(data) / sum(seconds[len(warm) :])
 
 
 def trl(raw, config, tokenizer, args):
@@ -112,7 +120,7 @@ def trl(raw, config, tokenizer, args):
         def on_step_end(self, *_, **__):
             self.times.append(time.perf_counter() - self.began)
 
-    model = new_model(config, tokenizer, torch.float32).model
+    model = new_model(config, tokenizer)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         settings = RewardConfig(
             folder, max_steps=args.steps + 1, per_device_train_batch_size=args.batch_size, report_to="none", seed=0,
@@ -141,7 +149,7 @@ if __name__ == "__main__":
     with torch.device("meta"):
         layers = AutoModelForSequenceClassification.from_config(config).model.layers
     operations = 6 * np.mean(data["length"]) * sum(p.numel() for p in layers.parameters())  # of a pair
-    for name in args.only:
+    for name in args.only if device.type == "cuda" else [name for name in args.only if name != "flex"]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:

@@ -79,6 +79,9 @@ def prepare(folder, seed):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+LIKE_THE_RUNS = argparse.Namespace(dtype="float32", seed=0, max_length=64, micro_tokens=4096)
+
+
 def work(seed):
     """All runs of one seed; then what each model makes of the meta data held out (Fig. 16)."""
     import os
@@ -102,12 +105,12 @@ def work(seed):
         if (out / "more.json").exists():
             continue
         tokenizer = common.load_tokenizer(out / "model", None)
-        model = common.load_reward_model(out / "model", tokenizer, torch.device("cpu"), torch.float32, 0, 64)
+        model = common.load_reward_model(out / "model", tokenizer, torch.device("cpu"), LIKE_THE_RUNS)
         more = {}
         for source in ("sft", "shifted"):
             rows = common.tokenize(common.load_rows(f"{source}.jsonl"), source, tokenizer, 64, ("prompt", "responses"))
             rows = rows.select(range(len(rows) - max(1, len(rows) // 10), len(rows)))
-            rewards = common.score(model, rows, 4096, torch.device("cpu"))
+            rewards = common.score(model, rows, 4096)
             i, j = torch.triu_indices(5, 5, 1)
             gaps = (rewards[:, i] - rewards[:, j]).abs()
             more[f"{source}/difference"] = gaps.mean().item()
@@ -115,7 +118,7 @@ def work(seed):
         for name in ("id", "shifted"):
             rows = common.tokenize(common.load_rows(f"toy:{name},seed={seed}"), name, tokenizer, 64)
             more[f"{name}/overlap"] = contrastive_rm.overlap(
-                common.score(model, rows, 4096, torch.device("cpu"), with_features=True)[1])
+                common.score(model, rows, 4096, with_features=True)[1])
         (out / "more.json").write_text(json.dumps(more))
 
 

@@ -4,7 +4,8 @@
         helpful=helpful_test.jsonl.gz harmless=harmless_test.jsonl.gz --jobs 2
 
 Trains a BPE and a Llama on the texts once, voters on the comparisons once, and every reward model with several seeds;
-then prints the table. Everything lies under runs/claims_text, and what is there is not done again.
+then prints the table. Everything lies under runs/claims_text, and what is there is not done again: another --data gets
+other voters and reward models on the same language model.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def language_model(args):
     rows = datasets.concatenate_datasets(
         [common.load_rows(path).select_columns(["prompt", "chosen", "rejected"]) for path in [args.data, *args.text]])
     tokenizer = common.train_bpe(rows, 8192)
-    texts = [prompt + answer for prompt, answers in map(common.read_row, rows) for answer in answers[:1]]
+    texts = list(dict.fromkeys(prompt + chosen for prompt, (chosen, _) in map(common.read_row, rows)))
     stream = np.concatenate([ids[:1024] for ids in common.encode(texts, tokenizer)])
     blocks = torch.tensor(stream[: len(stream) // 256 * 256].reshape(-1, 256))
     torch.manual_seed(0)
@@ -64,28 +65,34 @@ def language_model(args):
     tokenizer.save_pretrained(RUNS / "sft")
 
 
+def folder(args):
+    """What is trained on these comparisons lies here."""
+    return RUNS / Path(args.data).name.split(".")[0]
+
+
 def work(job):
     """One reward model, (seed, name), or the voters, (None, None)."""
     import torch
     torch.set_num_threads(1)  # the model is too small for two
     sys.path.insert(0, str(ROOT))
     (seed, name), args = job
+    runs = folder(args)
     shared = ["--model", f"{RUNS}/sft", "--data", args.data, "--lr", str(args.lr), "--epochs", str(args.epochs),
               "--batch-size", "32", "--max-length", "256", "--micro-tokens", "4096", "--dtype", "float32"]
     if name is None:
-        run("vote_strength.py", RUNS / "vote", "report.json", *shared, "--members", str(args.members), "--seed", "100",
+        run("vote_strength.py", runs / "vote", "report.json", *shared, "--members", str(args.members), "--seed", "100",
             "--eval-data")
         return
     script, *flags = METHODS[name].split()
-    flags += ["--strength", f"{RUNS}/vote/train.jsonl"] * (script == "denoise_rm.py")
+    flags += ["--strength", f"{runs}/vote/train.jsonl"] * (script == "denoise_rm.py")
     flags += ["--meta-prompts", "1000", "--max-new-tokens", "48", "--sample-batch", "64"] * (script == "meta_rm.py")
-    run(script, RUNS / f"{seed}/{name}", "model", *shared, "--eval-data", *args.eval_data, "--seed", str(seed),
+    run(script, runs / f"{seed}/{name}", "model", *shared, "--eval-data", *args.eval_data, "--seed", str(seed),
         "--eval-every", "0", "--save-every", "0", *flags)
 
 
-def accuracy(name, key, seeds):
+def accuracy(name, key, args):
     """At the end of a run, over the seeds (S,)."""
-    paths = [RUNS / f"{seed}/{name}/metrics.jsonl" for seed in range(seeds)]
+    paths = [folder(args) / f"{seed}/{name}/metrics.jsonl" for seed in range(args.seeds)]
     return np.array([json.loads(path.read_text().splitlines()[-1])[f"eval/{key}/accuracy"] for path in paths])
 
 
@@ -116,7 +123,7 @@ if __name__ == "__main__":
         votes.result()
         list(pool.map(work, later))
     names = [pair.split("=")[0] for pair in args.eval_data]
-    base = {name: accuracy("baseline", name, args.seeds) for name in names}
+    base = {name: accuracy("baseline", name, args) for name in names}
     table(["accuracy", *names], ["baseline", *(show(base[name]) for name in names)], *(
-        [method, *(show(accuracy(method, name, args.seeds) - base[name], sign="+") for name in names)]
+        [method, *(show(accuracy(method, name, args) - base[name], sign="+") for name in names)]
         for method in METHODS if method != "baseline"))

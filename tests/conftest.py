@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 HOME = tempfile.TemporaryDirectory(prefix="rm-tests-")
@@ -49,6 +50,11 @@ def script(llama, tmp_path, monkeypatch, capsys):
         return "".join(capsys.readouterr())
 
     return run
+
+
+def settings(**changes):
+    """What `load_reward_model` and its like ask of a script's flags."""
+    return SimpleNamespace(**{"dtype": "float32", "seed": 0, "max_length": 64, "micro_tokens": 256, **changes})
 
 
 def small(llama):

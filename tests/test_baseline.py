@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from conftest import ROOT, shell
+from conftest import ROOT, settings, shell
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -73,7 +73,7 @@ def test_accuracy_interval(right, n, low, high, monkeypatch):
     """Wilson's interval, against published values."""
     rewards = torch.tensor([[1.0, 0.0]] * right + [[0.0, 1.0]] * (n - right))
     monkeypatch.setattr(baseline_rm, "score", lambda *_: rewards)
-    metrics = baseline_rm.evaluate(None, {"x": range(n)}, 0, None)
+    metrics = baseline_rm.evaluate(None, {"x": range(n)}, 0)
     assert metrics["eval/x/accuracy"] == right / n
     assert metrics["eval/x/accuracy_low"] == pytest.approx(low, abs=5e-5)
     assert metrics["eval/x/accuracy_high"] == pytest.approx(high, abs=5e-5)
@@ -97,7 +97,7 @@ def test_run(script):
 def test_run_against_the_plainest_loop(script, llama, tokenizer):
     """The same run with none of what makes it fast: one response at a time, in float64, the optimizer written out."""
     script("baseline_rm.py", "--seed", 3)
-    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, 3, 64).model.double()
+    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings(seed=3)).model.double()
     rows, (beta1, beta2), eps, steps, warmup = common.toy_comparisons(n=96), (0.9, 0.95), 1e-6, 12, 1
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
     for step, record in enumerate(records()):
@@ -146,8 +146,8 @@ def test_the_readmes_way_to_score(script, tokenizer, capsys):
                                      "rejected": " dog"}
     printed = float(capsys.readouterr().out)
     data = common.tokenize(datasets.Dataset.from_list([row]), "x", tokenizer, 64)
-    model = common.load_reward_model("runs/baseline_rm/model", tokenizer, cpu, torch.float32, 0, 64)
-    assert printed == pytest.approx(common.score(model, data, 64, cpu)[0, 0].item(), abs=1e-5)
+    model = common.load_reward_model("runs/baseline_rm/model", tokenizer, cpu, settings())
+    assert printed == pytest.approx(common.score(model, data, 64)[0, 0].item(), abs=1e-5)
 
 
 def test_micro_tokens_are_memory_only(script):
@@ -173,12 +173,24 @@ def test_center_pulls_the_rewards_to_zero(script):
     assert on < off / 2
 
 
+@pytest.mark.parametrize("flags, far", [(["--offload"], 1e-6), (["--dtype", "bfloat16"], 0.02)])
+def test_one_process_by_fsdp(flags, far, script):
+    """Host memory changes nothing, bf16 no more than it rounds."""
+    script("baseline_rm.py", "--save-every", 5, *flags, "--output-dir", "fsdp")
+    script("baseline_rm.py", "--output-dir", "plain")
+    for one, other in zip(records("fsdp"), records("plain"), strict=True):
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=far)
+        assert one["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=20 * far)
+    for name, tensor in weights("fsdp").items():
+        assert tensor.dtype == torch.float32 and (tensor - weights("plain")[name]).abs().max() < far
+
+
 def test_clip(script, llama, tokenizer):
     """A gradient far below AdamW's eps hardly moves a weight; and the norm is reported before it is cut."""
     script("baseline_rm.py", "--clip", 1e-9, "--output-dir", "clipped")
     script("baseline_rm.py", "--output-dir", "free")
     assert records("clipped")[0] == records("free")[0]
-    start = common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, 0, 64).model.state_dict()
+    start = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings()).model.state_dict()
     moved = {run: max((w - start[name]).abs().max().item() for name, w in weights(run).items())
              for run in ("clipped", "free")}
     assert moved["clipped"] < 1e-4 < 1e-3 < moved["free"]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import TINY, settings
 from datasets import Dataset
+from torch.nn.attention import flex_attention
 from transformers import AutoModelForSequenceClassification
 
 import common
@@ -42,8 +43,8 @@ SEPARATES = {  # models that cannot
 
 def load(config, tmp_path, tokenizer, **kwargs):
     config.save_pretrained(tmp_path)
-    return common.load_reward_model(
-        f"{tmp_path}/config.json", tokenizer, torch.device("cpu"), torch.float32, seed=0, max_length=32, **kwargs)
+    args = settings(max_length=32, **kwargs)
+    return common.load_reward_model(f"{tmp_path}/config.json", tokenizer, torch.device("cpu"), args)
 
 
 def plain_rewards(model, rows=ROWS):
@@ -57,20 +58,37 @@ def test_collate():
                                         [1, 20, 21, 22, 23, 24, 25, 26, 27, 2, 2, 0]]
     assert batch.branch.tolist() == [[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, -1]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 0]]
-    assert batch.ends.tolist() == [[6, 11], [9, 10]]
-    assert batch.rows == 2 and common.collate(DATA, [], "cpu").rows == 0
+    assert batch.tree.tolist() == [[0] * 11 + [0], [1] * 11 + [-1]]
+    assert batch.ends.tolist() == [[3, 6, 11], [12 + 1, 12 + 9, 12 + 10]]
+    assert batch.index.tolist() == [0, 1] and common.collate(DATA, [], "cpu").index.tolist() == []
+
+
+def test_collate_packs():
+    """One prompt behind the other, in a row whose length is a multiple of the width."""
+    batch = common.collate(DATA, [1, 0], "cpu", 16)
+    assert batch.input_ids.tolist() == [[1, 20, 21, 22, 23, 24, 25, 26, 27, 2, 2, 1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 13, 2]
+                                        + [0] * 9]
+    assert batch.tree.tolist() == [[0] * 11 + [1] * 12 + [-1] * 9]
+    assert batch.branch.tolist() == [[0, 0] + [1] * 8 + [2] + [0] * 4 + [1] * 3 + [2] * 5 + [-1] * 9]
+    assert batch.positions.tolist() == [[*range(10), 2, *range(7), *range(4, 9)] + [0] * 9]
+    assert batch.ends.tolist() == [[1, 9, 10], [14, 17, 22]] and batch.index.tolist() == [1, 0]
 
 
 def test_tree_mask_by_hand():
-    mask = common.tree_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))
+    rows = [{"prompt_ids": [1, 1], "response_ids": [[2], [2, 2]], "length": 5}] * 2
+    mask = common.tree_mask(common.collate(Dataset.from_list(rows[:1]), [0], "cpu", 6))
     assert mask.shape == (1, 1, 6, 6)
+    both = common.tree_mask(common.collate(Dataset.from_list(rows), [0, 1], "cpu", 10))[0, 0]
+    assert torch.equal(both, torch.block_diag(mask[0, 0, :5, :5], mask[0, 0, :5, :5]).bool())
     assert mask[0, 0, :5].int().tolist() == [
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]]
     assert mask[0, 0, 5].any()  # a padded query that sees nothing would be NaN
 
 
 def test_separate_rows_by_hand():
-    ids, mask, positions = common.separate_rows(common.collate(DATA, [0, 1], "cpu"))
+    batch = common.collate(DATA, [0, 1], "cpu")
+    places, mask = common.separate_rows(batch)
+    ids, positions = batch.input_ids.flatten()[places], batch.positions.flatten()[places]
     assert [row[m == 1].tolist() for row, m in zip(ids, mask)] == [p + y for p, r in ROWS[:2] for y in r]
     assert [row[m == 1].tolist() for row, m in zip(positions, mask)] == [
         list(range(len(p + y))) for p, r in ROWS[:2] for y in r]
@@ -79,28 +97,43 @@ def test_separate_rows_by_hand():
 @pytest.mark.parametrize("name", SHARES)
 def test_shared_prompts_score_as_rows_alone(name, tmp_path, tokenizer):
     model = load(SHARES[name], tmp_path, tokenizer).eval()
-    assert model.shared
+    assert model.layout == "shared"
     with torch.no_grad():
         rewards, features = model(common.collate(DATA, [0, 1, 2], "cpu"), with_features=True)
         torch.testing.assert_close(rewards, plain_rewards(model.model), rtol=0, atol=2e-5)
         torch.testing.assert_close(model.model.score(features)[..., 0], rewards)
-        model.shared = False
+        model.layout = "separate"
         torch.testing.assert_close(model(common.collate(DATA, [0, 1, 2], "cpu")), rewards, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SEPARATES)
 def test_models_that_cannot_share_get_separate_rows(name, tmp_path, tokenizer):
     model = load(SEPARATES[name], tmp_path, tokenizer).eval()
-    assert not model.shared
+    assert model.layout == "separate"
     with torch.no_grad():
         rewards = model(common.collate(DATA, [0, 1, 2], "cpu"))
         torch.testing.assert_close(rewards, plain_rewards(model.model), rtol=0, atol=2e-5)
 
 
+def gradients(model, batch):
+    """Of the sum of squares of its rewards, by name."""
+    model.zero_grad()
+    model(batch).pow(2).sum().backward()
+    return {name: p.grad.clone() for name, p in model.model.named_parameters()}
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """FlexAttention as it is defined, without a kernel, in which form it has gradients on the CPU as well."""
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def test_gradients_equal_those_of_rows_alone(tmp_path, tokenizer):
     model = load(SHARES["llama"], tmp_path, tokenizer)
-    model(common.collate(DATA, [0, 1, 2], "cpu")).pow(2).sum().backward()
-    shared = {name: p.grad.clone() for name, p in model.model.named_parameters()}
+    shared = gradients(model, common.collate(DATA, [0, 1, 2], "cpu"))
     model.zero_grad()
     for p, r in ROWS:
         for y in r:
@@ -109,10 +142,55 @@ def test_gradients_equal_those_of_rows_alone(tmp_path, tokenizer):
         torch.testing.assert_close(shared[name], p.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, checkpointing", [
+    ("llama", False), ("llama", True), ("qwen3", False), ("gpt_neox", False), ("gemma", False)])
+def test_flex_attention_reads_packed_rows_as_rows_alone(name, checkpointing, flex, tmp_path, tokenizer):
+    """Rewards, and gradients, which are those of the other path."""
+    model = load(SHARES[name], tmp_path, tokenizer, attention="flex", gradient_checkpointing=checkpointing)
+    assert model.layout == "packed" and model.model.config._attn_implementation == "flex_attention"
+    batch = common.collate(DATA, [2, 0, 1], "cpu", common.pack_width(model, 64))
+    assert batch.input_ids.shape == (1, 48)
+    other = load(SHARES[name], tmp_path, tokenizer)
+    ours, theirs = gradients(model, batch), gradients(other, common.collate(DATA, [0, 1, 2], "cpu"))
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-5)
+    rewards = plain_rewards(other.model)
+    for micro_tokens in (1, 64):
+        torch.testing.assert_close(common.score(model, DATA, micro_tokens), rewards, rtol=0, atol=2e-5)
+
+
+def test_flex_attention_is_refused_where_it_fails(flex, tmp_path, tokenizer, monkeypatch):
+    for name, why in (("mistral-window", "features are off"), ("bloom", "leave it at sdpa")):
+        with pytest.raises(SystemExit, match=f"^error: --attention flex: .*{why}"):
+            load(SEPARATES[name], tmp_path, tokenizer, attention="flex")
+
+
+def test_the_compiled_layers_trace_whole(tmp_path, tokenizer, monkeypatch):
+    """What a GPU would compile: the graph of a layer with FlexAttention in it has no break, and serves all layers; a
+    second batch of the same width needs no other one."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = load(SHARES["llama"], tmp_path, tokenizer)
+    model.model.set_attn_implementation("flex_attention")
+    model.layout = "packed"
+    for layer in common.decoder_layers(model):
+        layer.forward = torch.compile(layer.forward, dynamic=False, backend=backend, fullgraph=True)
+    plain = load(SHARES["llama"], tmp_path, tokenizer)
+    with torch.no_grad():
+        for index in ([0, 1], [2, 0]):
+            rewards = model(common.collate(DATA, index, "cpu", 64))
+            torch.testing.assert_close(rewards, plain(common.collate(DATA, index, "cpu")), rtol=0, atol=2e-5)
+    assert len(graphs) == 1
+
+
 def test_padding_does_not_change_a_score(tmp_path, tokenizer):
     model = load(SHARES["llama"], tmp_path, tokenizer)
-    together = common.score(model, DATA, 10_000, torch.device("cpu"))
-    alone = common.score(model, DATA, 1, torch.device("cpu"))  # every row longer than the budget: one by one
+    together = common.score(model, DATA, 10_000)
+    alone = common.score(model, DATA, 1)  # every row longer than the budget: one by one
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     assert together.dtype == torch.float32 and together.shape == (3, 2) and model.training
 
@@ -135,7 +213,7 @@ def test_head_and_dropout(tmp_path, tokenizer):
 
 def test_seed_decides_the_head_alone(llama, tokenizer):
     def build(seed):
-        return common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, seed, 32).state_dict()
+        return common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings(seed=seed)).state_dict()
     a, b, c = build(0), build(0), build(1)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [key for key in a if not torch.equal(a[key], c[key])] == ["model.score.weight"]
@@ -145,24 +223,25 @@ def test_a_trained_head_is_kept(llama, tmp_path, tokenizer):
     model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1)
     torch.nn.init.constant_(model.score.weight, 0.5)
     model.save_pretrained(tmp_path)
-    loaded = common.load_reward_model(tmp_path, tokenizer, torch.device("cpu"), torch.float32, 0, 32)
+    loaded = common.load_reward_model(tmp_path, tokenizer, torch.device("cpu"), settings(max_length=32))
     assert (loaded.model.score.weight == 0.5).all()
 
 
 def test_bf16_keeps_head_and_weights_in_fp32(tmp_path, tokenizer):
     SHARES["llama"].save_pretrained(tmp_path)
     model = common.load_reward_model(
-        f"{tmp_path}/config.json", tokenizer, torch.device("cpu"), torch.bfloat16, seed=0, max_length=32)
-    assert model.shared and {p.dtype for p in model.parameters()} == {torch.float32}
+        f"{tmp_path}/config.json", tokenizer, torch.device("cpu"), settings(max_length=32, dtype="bfloat16"))
+    assert model.layout == "shared" and {p.dtype for p in model.parameters()} == {torch.float32}
     rewards, features = model(common.collate(DATA, [0, 1, 2], "cpu"), with_features=True)
     assert rewards.dtype == torch.float32
-    torch.testing.assert_close(rewards, (features.double() @ model.model.score.weight[0].double()).float())
+    weight = model.model.score.weight.full_tensor()[0].double()
+    torch.testing.assert_close(rewards, (features.double() @ weight).float())
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
     gradients = []
     for checkpointing in (False, True):
-        model = load(SHARES["llama"], tmp_path, tokenizer, checkpointing=checkpointing)
+        model = load(SHARES["llama"], tmp_path, tokenizer, gradient_checkpointing=checkpointing)
         assert model.model.is_activation_checkpointing == checkpointing
         model(common.collate(DATA, [0, 1, 2], "cpu")).pow(2).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -184,7 +263,7 @@ def test_what_is_no_reward_model_is_refused(llama, tmp_path, tokenizer):
     for name, flag, words in ((tmp_path, "--model", "2 labels"), (tmp_path, "--reward-model", "2 labels"),
                               (llama, "--reward-model", "no reward model: it lacks score.weight")):
         with pytest.raises(SystemExit, match=f"^error: {flag} {name}.* {words}"):
-            common.load_reward_model(name, tokenizer, torch.device("cpu"), torch.float32, 0, 32, flag=flag)
+            common.load_reward_model(name, tokenizer, torch.device("cpu"), settings(max_length=32), flag=flag)
 
 
 def test_incomplete_weights_are_refused(llama, tmp_path, tokenizer):
@@ -192,4 +271,4 @@ def test_incomplete_weights_are_refused(llama, tmp_path, tokenizer):
     weights = {k: v for k, v in model.state_dict().items() if "layers.1.mlp.up_proj" not in k}
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(SystemExit, match="lack 1 weights, model.layers.1.mlp.up_proj.weight"):
-        common.load_reward_model(tmp_path, tokenizer, torch.device("cpu"), torch.float32, 0, 32)
+        common.load_reward_model(tmp_path, tokenizer, torch.device("cpu"), settings(max_length=32))

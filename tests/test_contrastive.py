@@ -3,10 +3,11 @@
 import math
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import shell
+from conftest import settings, shell
 from safetensors.torch import load_file
 
 import common
@@ -19,7 +20,7 @@ VARIANTS = [(method, on) for method in ("simcse", "swav") for on in ("pairs", "d
 
 def tiny(llama, tokenizer, rate=0.05, seed=0):
     """A model with dropout, and the rows of the small runs."""
-    model = common.load_reward_model(llama, tokenizer, CPU, torch.float32, seed, 64)
+    model = common.load_reward_model(llama, tokenizer, CPU, settings(seed=seed))
     return model, contrastive_rm.Dropout(model, rate), common.tokenize(
         common.load_rows("toy:n=96"), "toy", tokenizer, 64)
 
@@ -69,20 +70,20 @@ def test_dropout_is_dropout():
             return torch.nn.Identity()
 
     dropout = contrastive_rm.Dropout(common.RewardModel(Bare()), 0.05)
-    dropout.start(0, 0, 0, [3, 4])
-    ones = torch.ones(2, 500, 200)
+    data = datasets.Dataset.from_list([{"prompt_ids": [1] * 500, "response_ids": [[2], [2]]}] * 2)
+    rows = common.collate(data, [0, 1], "cpu")
+    dropout.start(0, 0, 0, rows)
+    ones = torch.ones(2, 502, 200)
     kept = dropout.drop(ones, 1)
     assert sorted(kept.unique().tolist()) == pytest.approx([0.0, 1 / 0.95])
     zeros = kept == 0
-    sd = math.sqrt(0.05 * 0.95 / 200_000)
+    sd = math.sqrt(0.05 * 0.95 / 200_800)
     assert abs(zeros.double().mean() - 0.05) < 5 * sd  # the hash is fixed: this cannot fail by chance
     for other in (zeros[:, 1:] & zeros[:, :-1], zeros[:, :, 1:] & zeros[:, :, :-1], zeros[0] & zeros[1],
                   zeros & (dropout.drop(ones, 2) == 0)):  # neighbours, rows and layers know nothing of each other
         assert abs(other.double().mean() - 0.0025) < 5 * math.sqrt(0.0025 / other.numel())
-    first = dropout.drop(torch.ones(2, 10, 200), 1)
-    assert torch.equal(first, kept[:, :10])  # padding changes nothing
-    for changed in ((1, 0, 0, [3, 4]), (0, 1, 0, [3, 4]), (0, 0, 1, [3, 4])):
-        dropout.start(*changed)
+    for changed in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        dropout.start(*changed, rows)
         assert not torch.equal(dropout.drop(ones, 1), kept)
     dropout.stop()
     assert dropout.drop(ones, 1) is ones
@@ -91,16 +92,18 @@ def test_dropout_is_dropout():
 def test_a_row_is_dropped_alike_in_any_company(llama, tokenizer):
     model, dropout, data = tiny(llama, tokenizer)
 
-    def features(rows, view=0):
-        dropout.start(0, 5, view, rows)
-        return model(common.collate(data, np.array(rows), CPU), with_features=True)[1]
+    def features(rows, view=0, width=0):
+        batch = common.collate(data, rows, CPU, width)
+        dropout.start(0, 5, view, batch)
+        return model(batch, with_features=True)[1]
 
     together, longest = features([3, 8, 11]), int(np.argmax(data["length"]))
     torch.testing.assert_close(features([8]), together[1:2])
     torch.testing.assert_close(features([longest, 11])[1], together[2])
     assert (features([8], view=1) - together[1:2]).norm() > 0.1 * together[1].norm()
-    model.shared = False
-    assert features([3, 8]).shape == (2, 2, 32)
+    torch.testing.assert_close(features([11, 8, 3], width=64), together.flip(0))  # packed
+    model.layout = "separate"
+    torch.testing.assert_close(features([3, 8, 11]), together)
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -111,8 +114,9 @@ def test_cached_gradients_are_the_gradients(method, on, script, llama, tokenizer
     model, dropout, data = tiny(llama, tokenizer)
     index, views, losses = common.step_rows(96, 16, 0, 0), [], []
     for view in (0, 1):
-        dropout.start(0, 0, view, index)
-        rewards, features = model(common.collate(data, index, CPU), with_features=True)
+        batch = common.collate(data, index, CPU)
+        dropout.start(0, 0, view, batch)
+        rewards, features = model(batch, with_features=True)
         losses.append(contrastive_rm.preference_loss(rewards).mean())
         views.append(features)
     h = contrastive_rm.samples(torch.stack(views), on)

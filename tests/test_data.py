@@ -3,9 +3,12 @@
 import gzip
 import itertools
 import json
+import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import settings
 from datasets import Dataset, DatasetDict
 
 import common
@@ -274,7 +277,7 @@ def test_pad_is_never_eos(tmp_path, tokenizer):
 def test_a_new_pad_token_gets_an_embedding(llama, tmp_path):
     tokenizer = common.toy_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    model = common.load_reward_model(llama, tokenizer, common.torch.device("cpu"), common.torch.float32, 0, 32)
+    model = common.load_reward_model(llama, tokenizer, common.torch.device("cpu"), settings(max_length=32))
     assert model.model.get_input_embeddings().num_embeddings == len(common.WORDS) + 1 == model.model.config.vocab_size
 
 
@@ -310,18 +313,27 @@ def test_each_epoch_is_a_permutation():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("budget", [1, 100, 10**9])
-def test_micro_batches(world, budget, monkeypatch):
-    lengths = np.random.default_rng(0).integers(1, 60, 200)
+@pytest.mark.parametrize("budget", [1, 130, 10**5])
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_micro_batches(world, budget, layout, monkeypatch):
+    lengths = np.random.default_rng(0).integers(3, 60, 200)
+    data = Dataset.from_list([{"prompt_ids": [1] * (n - 2), "response_ids": [[2], [2]], "length": n} for n in lengths])
     index = np.random.default_rng(1).permutation(200)[:21]
     ranks = []
     for rank in range(world):
         monkeypatch.setattr(common, "RANK", rank)
-        ranks.append(common.micro_batches(index, lengths, budget, world))
-    assert len({len(cuts) for cuts in ranks}) == 1  # FSDP needs as many forward passes on every rank
-    assert sorted(np.concatenate([cut for cuts in ranks for cut in cuts])) == sorted(index)
-    for cut in (cut for cuts in ranks for cut in cuts if len(cut) > 1):
-        assert len(cut) * lengths[cut].max() <= budget
+        model = SimpleNamespace(ranks=world, layout=layout, device="cpu")
+        ranks.append([*common.micro_batches(data, index, budget, model)])
+    assert len({len(batches) for batches in ranks}) == 1  # FSDP needs as many forward passes on every rank
+    batches = [batch for batches in ranks for batch in batches if len(batch.index)]
+    assert sorted(np.concatenate([batch.index for batch in batches])) == sorted(index)
+    for batch in batches:
+        assert (batch.branch >= 0).sum() == lengths[batch.index].sum()  # all that they say, and nothing else
+        if layout == "packed":  # what the longest has to have, rounded up to quarters of the budget
+            quarter = math.ceil(budget / 4)
+            assert batch.tree.numel() <= math.ceil(max(budget, lengths[index].max()) / quarter) * quarter
+        elif len(batch.index) > 1:
+            assert batch.tree.numel() <= budget
 
 
 def test_micro_batches_are_the_cheapest():
@@ -337,7 +349,18 @@ def test_micro_batches_are_the_cheapest():
             cuts = np.split(np.sort(lengths), places)
             if all(len(cut) == 1 or len(cut) * max(cut) <= 100 for cut in cuts):
                 ways.append(cost(cuts))
-        assert cost([lengths[cut] for cut in common.micro_batches(np.arange(9), lengths, 100)]) == min(ways)
+        assert cost([lengths[cut] for cut in common.cut(lengths, 100, 1)]) == min(ways)
+
+
+def test_packs_are_full_and_alike():
+    """Rows of hh-rlhf's lengths: as few packs as can be, and what the fullest has more than the average is little."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.lognormal(5.6, 0.6, 64).astype(int).clip(20, 1000)
+        packs = common.pack(lengths, 8192, 1)
+        loads = [lengths[pack].sum() for pack in packs]
+        assert max(loads) <= 8192 and len(packs) == math.ceil(lengths.sum() / 8192)
+        assert max(loads) - min(loads) <= 100 and sorted(np.concatenate(packs)) == [*range(64)]
 
 
 # ----------------------------------------------------------------------------------------------------------- toy world

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import settings
 
 import baseline_rm
 import common
@@ -152,7 +153,7 @@ def test_every_pair_gets_its_own_margin_and_target(script, voted, llama, tokeniz
     path, rows = voted
     script("denoise_rm.py", "--strength", path, "--margin", "--soft-targets", 1, "--flip", 0.3, "--micro-tokens", 80)
     cpu = torch.device("cpu")
-    model = common.load_reward_model(llama, tokenizer, cpu, torch.float32, 0, 64)
+    model = common.load_reward_model(llama, tokenizer, cpu, settings())
     data = common.tokenize(common.load_rows("toy:n=96"), "toy", tokenizer, 64).select(range(1, 96))
     strength = np.array([row["mean preference difference"] for row in rows[1:]])
     index = common.step_rows(95, 16, 0, 0)
@@ -171,7 +172,7 @@ def test_pairs_without_a_label_get_soft_targets(script, voted, llama, tokenizer)
     out = script("denoise_rm.py", "--unlabelled", path, "--flip", 0.3, "--strength", path, "--batch-size", 190)
     assert "28 pairs flipped, 95 targets other than 1" in out and records("runs/denoise_rm")[0]["pairs"] == 190
     cpu = torch.device("cpu")
-    model = common.load_reward_model(llama, tokenizer, cpu, torch.float32, 0, 64)
+    model = common.load_reward_model(llama, tokenizer, cpu, settings())
     data = common.tokenize(common.load_rows("toy:n=96"), "toy", tokenizer, 64).select(range(1, 96))
     strength = torch.tensor([row["mean preference difference"] for row in rows[1:]])
     rewards = model(common.collate(data, np.arange(95), cpu))

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, settings
 
 import common
 
@@ -271,8 +271,8 @@ def test_scores_are_those_of_plain_transformers(evaluate, kind, tmp_path, tokeni
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     rows = datasets.Dataset.from_list(common.toy_comparisons("id", 30))
     items = [(row["prompt"], [row["chosen"], row["rejected"], "apple"][: 2 + i % 2], 1) for i, row in enumerate(rows)]
-    model = common.load_reward_model(folder, common.load_tokenizer(folder, None), CPU, torch.float32, 0, 64,
-                                     flag="--reward-models")
+    model = common.load_reward_model(
+        folder, common.load_tokenizer(folder, None), CPU, settings(), flag="--reward-models")
 
     def alone(prompt, response):
         ids = tokenizer(prompt + response).input_ids + [tokenizer.eos_token_id]
@@ -281,8 +281,8 @@ def test_scores_are_those_of_plain_transformers(evaluate, kind, tmp_path, tokeni
 
     for micro_tokens in (1, 4096):
         args = argparse.Namespace(max_length=64, micro_tokens=micro_tokens)
-        pairs, features = evaluate.score_set(model, tokenizer, rows, None, "x", args, CPU)
-        several, none = evaluate.score_set(model, tokenizer, rows, items, "x", args, CPU)
+        pairs, features = evaluate.score_set(model, tokenizer, rows, None, "x", args)
+        several, none = evaluate.score_set(model, tokenizer, rows, items, "x", args)
         for i, row in enumerate(rows):
             expected = [alone(row["prompt"], row[key]) for key in ("chosen", "rejected")]
             assert pairs[i] == pytest.approx(expected, abs=1e-4)
@@ -294,11 +294,11 @@ def test_scores_are_those_of_plain_transformers(evaluate, kind, tmp_path, tokeni
 def test_a_benchmark_keeps_its_odd_rows(evaluate, tmp_path, tokenizer):
     """Empty and identical responses are dropped from training data, but a judge has to score them."""
     folder = reward_model(tmp_path, tokenizer)
-    model = common.load_reward_model(folder, tokenizer, CPU, torch.float32, 0, 64)
+    model = common.load_reward_model(folder, tokenizer, CPU, settings())
     items = [("name two fruits", ["apple", "apple"], 0), ("name two fruits", ["", "apple"], 0),
              ("name two fruits", ["apple", "fig", "apple"], 0)]
     scores, _ = evaluate.score_set(
-        model, tokenizer, items, items, "x", argparse.Namespace(max_length=64, micro_tokens=64), CPU)
+        model, tokenizer, items, items, "x", argparse.Namespace(max_length=64, micro_tokens=64))
     assert scores[2, 0] == scores[2, 2] != scores[2, 1] and np.isnan(scores[:2, 2]).all()
     scores = scores[:2, :2]
     assert np.isfinite(scores).all() and scores[0] == pytest.approx(scores[1, 1], abs=1e-5)
@@ -306,13 +306,13 @@ def test_a_benchmark_keeps_its_odd_rows(evaluate, tmp_path, tokenizer):
 
 
 def test_a_dropped_comparison_has_no_score(evaluate, llama, tokenizer):
-    model = common.load_reward_model(llama, tokenizer, CPU, torch.float32, 0, 64)
+    model = common.load_reward_model(llama, tokenizer, CPU, settings())
     rows = common.toy_comparisons("id", 4)
     rows[1]["chosen"] = rows[1]["rejected"]
     args = argparse.Namespace(max_length=64, micro_tokens=64)
-    scores, features = evaluate.score_set(model, tokenizer, datasets.Dataset.from_list(rows), None, "x", args, CPU)
+    scores, features = evaluate.score_set(model, tokenizer, datasets.Dataset.from_list(rows), None, "x", args)
     assert np.isfinite(scores[:, 0]).tolist() == [True, False, True, True] and len(features) == 3
-    alone, _ = evaluate.score_set(model, tokenizer, datasets.Dataset.from_list(rows[3:]), None, "x", args, CPU)
+    alone, _ = evaluate.score_set(model, tokenizer, datasets.Dataset.from_list(rows[3:]), None, "x", args)
     assert scores[3] == pytest.approx(alone[0], abs=1e-5)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import shell
+from conftest import settings, shell
 from safetensors.torch import load_file
 
 import common
@@ -65,7 +65,7 @@ def test_run_against_the_plainest_loop(update, ascent, script, llama, tokenizer,
     """One response at a time, in float64, both phases and the optimizer written out; three steps."""
     eta = 0.3
     trained(script, "--eta", eta, "--ascent", ascent, "--update", update, "--epochs", 0.5)
-    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, 0, 64).model.double()
+    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings()).model.double()
     parameters, rows = list(model.parameters()), common.toy_comparisons(n=96)
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
 
@@ -118,7 +118,7 @@ def test_weights_are_restored_exactly(script, llama, tokenizer, meta):
     """With a rate that AdamW cannot feel, a step leaves them as they were, however far they went in between."""
     trained(script, "--eta", 100, "--ascent", "normalized", "--lr", 1e-30, "--epochs", 0.2, "--clip", 1e-30)
     assert records(RUN)[0]["train/shift"] == pytest.approx(100) and records(RUN)[0]["train/update"] < 1e-20
-    start = common.load_reward_model(llama, tokenizer, torch.device("cpu"), torch.float32, 0, 64).model.state_dict()
+    start = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings()).model.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(RUN).items())
 
 

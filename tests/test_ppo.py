@@ -25,7 +25,7 @@ SMALL = ["--rm-flags", RM, "--rounds", 1, "--iterations", 6, "--batch-size", 8, 
 
 def small_args(**changes):
     return argparse.Namespace(**{"temperature": 1.0, "max_new_tokens": 5, "gradient_checkpointing": False,
-                                 "dtype": "float32", "max_length": 64, **changes})
+                                 "dtype": "float32", "max_length": 64, "seed": 0, "micro_tokens": 256, **changes})
 
 
 def records(folder=RUN):
@@ -46,10 +46,11 @@ def test_response_tokens_by_hand():
         for j, response in enumerate(responses):
             there = real[i, j]
             assert there.tolist() == [t < len(response) for t in range(real.size(2))]
-            assert batch.input_ids[i, place[i, j][there]].tolist() == response
-            assert batch.input_ids[i, before[i, j][there]].tolist() == [prompt[-1], *response[:-1]]
-            assert batch.positions[i, before[i, j][there]].tolist() == [
+            assert batch.input_ids.flatten()[place[i, j][there]].tolist() == response
+            assert batch.input_ids.flatten()[before[i, j][there]].tolist() == [prompt[-1], *response[:-1]]
+            assert batch.positions.flatten()[before[i, j][there]].tolist() == [
                 len(prompt) - 1 + t for t in range(len(response))]
+            assert (place[i, j][~there] == place[i, j, 0]).all() and (before[i, j][~there] == before[i, j, 0]).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "bloom"])
@@ -61,7 +62,7 @@ def test_policy_reads_what_separate_rows_say(name, tmp_path, tokenizer):
     plain.save_pretrained(tmp_path)
     policy = ppo_loop.load_policy(tmp_path, tokenizer, CPU, small_args())
     critic = load(config, tmp_path / "critic", tokenizer)
-    assert policy.shared == (name in SHARES)
+    assert policy.layout == ("shared" if name in SHARES else "separate")
     batch = common.collate(DATA, [0, 1, 2], "cpu")
     with torch.no_grad():
         logp, entropy = policy(batch, 0.7)
@@ -206,7 +207,7 @@ def test_reward_model_of_another_tokenizer_reads_the_text(llama, tokenizer, scri
     for name in ("same", "other"):
         reader = common.load_tokenizer(name, None)
         models = {"policy": policy, "reference": policy, "reader": reader if name == "other" else None,
-                  "reward": common.load_reward_model(name, reader, CPU, torch.float32, 0, 64)}
+                  "reward": common.load_reward_model(name, reader, CPU, small_args())}
         scores[name] = ppo_loop.judge(prompts, answers, models, tokenizer, small_args(micro_tokens=100), CPU).scores
     assert torch.allclose(scores["same"], scores["other"], atol=1e-5) and scores["same"].std() > 0.01
     assert "other has another tokenizer" in script("ppo_loop.py", *SMALL, "--iterations", 1, "--reward-model", "other")
