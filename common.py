@@ -159,7 +159,7 @@ class Batch(NamedTuple):
     branch: torch.Tensor     # (R, T) 0 for the prompt, j for response j, -1 for padding
     positions: torch.Tensor  # (R, T)
     ends: torch.Tensor       # (B, k + 1) the place of the last token of the prompt and of each response
-    index: np.ndarray        # (B,) numbers of the prompts in the data; () where a rank runs a batch to keep in step only
+    index: np.ndarray        # (B,) numbers of the prompts in the data; () where a rank just keeps in step
 
 
 def collate(data, index, device, width=0):
