@@ -174,9 +174,12 @@ def test_center_pulls_the_rewards_to_zero(script):
 
 
 @pytest.mark.parametrize("flags, far", [(["--offload"], 1e-6), (["--dtype", "bfloat16"], 0.02)])
-def test_one_process_by_fsdp(flags, far, script):
+def test_one_process_by_fsdp(flags, far, script, monkeypatch):
     """Host memory changes nothing, bf16 no more than it rounds."""
+    policies, policy = [], common.CPUOffloadPolicy
+    monkeypatch.setattr(common, "CPUOffloadPolicy", lambda **kwargs: policies.append(policy(**kwargs)) or policies[-1])
     script("baseline_rm.py", "--save-every", 5, *flags, "--output-dir", "fsdp")
+    assert len(policies) == ("--offload" in flags)
     script("baseline_rm.py", "--output-dir", "plain")
     for one, other in zip(records("fsdp"), records("plain"), strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=far)

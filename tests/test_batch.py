@@ -149,6 +149,7 @@ def test_flex_attention_reads_packed_rows_as_rows_alone(name, checkpointing, fle
     """Rewards, and gradients, which are those of the other path."""
     model = load(SHARES[name], tmp_path, tokenizer, attention="flex", gradient_checkpointing=checkpointing)
     assert model.layout == "packed" and model.model.config._attn_implementation == "flex_attention"
+    assert all(hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in common.decoder_layers(model))
     batch = common.collate(DATA, [2, 0, 1], "cpu", common.pack_width(model, 64))
     assert batch.input_ids.shape == (1, 48)
     other = load(SHARES[name], tmp_path, tokenizer)

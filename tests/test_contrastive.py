@@ -82,6 +82,7 @@ def test_dropout_is_dropout():
     for other in (zeros[:, 1:] & zeros[:, :-1], zeros[:, :, 1:] & zeros[:, :, :-1], zeros[0] & zeros[1],
                   zeros & (dropout.drop(ones, 2) == 0)):  # neighbours, rows and layers know nothing of each other
         assert abs(other.double().mean() - 0.0025) < 5 * math.sqrt(0.0025 / other.numel())
+    assert not torch.equal(zeros[:, 500], zeros[:, 501])  # the two responses, at the same position
     for changed in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
         dropout.start(*changed, rows)
         assert not torch.equal(dropout.drop(ones, 1), kept)
