@@ -67,8 +67,8 @@ def test_collate():
 def test_collate_packs():
     """One prompt behind the other, in a row whose length is a multiple of the width."""
     batch = common.collate(DATA, [1, 0], "cpu", 16)
-    assert batch.input_ids.tolist() == [[1, 20, 21, 22, 23, 24, 25, 26, 27, 2, 2, 1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 13, 2]
-                                        + [0] * 9]
+    said = [1, 20, 21, 22, 23, 24, 25, 26, 27, 2, 2, 1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 13, 2]
+    assert batch.input_ids.tolist() == [said + [0] * 9]
     assert batch.tree.tolist() == [[0] * 11 + [1] * 12 + [-1] * 9]
     assert batch.branch.tolist() == [[0, 0] + [1] * 8 + [2] + [0] * 4 + [1] * 3 + [2] * 5 + [-1] * 9]
     assert batch.positions.tolist() == [[*range(10), 2, *range(7), *range(4, 9)] + [0] * 9]
