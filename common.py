@@ -12,6 +12,7 @@ import atexit
 import collections
 import datetime
 import functools
+import gc
 import gzip
 import heapq
 import importlib.util
@@ -102,7 +103,7 @@ def setup(seed):
     if cuda:
         torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
-        waits = datetime.timedelta(hours=3)  # for the rank that tokenises, say
+        waits = datetime.timedelta(days=30)  # for the rank that tokenises, or trains one member more
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waits)
         atexit.register(time.sleep, 0.5)  # gloo's threads still drop tensors, and need Python for it: pytorch #190489
         atexit.register(dist.destroy_process_group)  # runs first
@@ -283,6 +284,8 @@ def load_reward_model(name, tokenizer, device, args, seed=None, ranks=WORLD, fla
     shard or, with ranks = 1, a model of its own. `args`: dtype, seed, max_length, micro_tokens and, where a script has
     them, attention, offload, gradient_checkpointing. Exits on anything that is not a decoder with a `score` head of one
     label."""
+    if device.type == "cuda":
+        gc.collect()  # a model that is gone, with its hooks and graphs, holds memory until then
     # before the weights, so that members of an ensemble differ by their seed and nothing else
     torch.manual_seed(args.seed if seed is None else seed)
     try:
@@ -316,17 +319,17 @@ def load_reward_model(name, tokenizer, device, args, seed=None, ranks=WORLD, fla
 
 
 def prepare(model, name, device, args):
-    """A RewardModel or its like as it is trained: checkpointed, compiled and sharded as `args` say, on its device, in
+    """A RewardModel or its like as it is trained: checkpointed, sharded and compiled as `args` say, on its device, in
     the layout that it can read."""
     if getattr(args, "gradient_checkpointing", False):
         model.model.activation_checkpointing_enable({"use_reentrant": False})
-    if flex := getattr(args, "attention", "sdpa") == "flex":
-        torch._dynamo.config.recompile_limit = 64  # a few widths of rows, each with gradients and without
-        for layer in decoder_layers(model):
-            layer.forward = torch.compile(layer.forward, dynamic=False)
     offload, model.device = getattr(args, "offload", False), device
     model = shard(model, device, offload)
     model = (model if offload else model.to(device)).train()
+    if flex := getattr(args, "attention", "sdpa") == "flex":
+        torch._dynamo.config.recompile_limit = 256  # a few widths of rows, each in training and without gradients
+        for layer in decoder_layers(model):  # as FSDP has made them, or they would not checkpoint
+            layer.forward = torch.compile(layer.forward, dynamic=False)
     choose_layout(model, name, args, flex)
     return model
 
@@ -344,8 +347,9 @@ def mesh(kind, ranks):
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", store=dist.HashStore(), rank=0,
                                 world_size=1)
         atexit.register(dist.destroy_process_group)
-    alone = [] if ranks == WORLD else [dist.new_group([RANK], use_local_synchronization=True)]
-    return DeviceMesh.from_group(*alone, kind) if alone else init_device_mesh(kind, (WORLD,))
+    if ranks == WORLD:
+        return init_device_mesh(kind, (WORLD,))
+    return DeviceMesh.from_group(dist.new_group([RANK], use_local_synchronization=True), kind)
 
 
 def shard(model, device, offload=False):
@@ -373,26 +377,34 @@ def choose_layout(model, name, args, flex):
     than max_length), or else separate rows. Exits if FlexAttention is asked for and fails."""
     vocabulary = model.model.config.get_text_config().vocab_size
     prompt, *responses = np.random.default_rng(0).integers(vocabulary, size=(3, max(1, args.max_length // 2)))
-    rows, outcomes = datasets.Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}]), []
-    for model.layout in ("separate", "packed" if flex else "shared"):
+    rows = datasets.Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}])
+
+    def features(layout):
+        model.layout = layout
+        if layout == "packed":
+            model.model.set_attn_implementation("flex_attention")
         try:
-            if model.layout == "packed":
-                model.model.set_attn_implementation("flex_attention")
             batch = collate(rows, [0], model.device, pack_width(model, args.micro_tokens))
-            outcomes.append(model(batch, with_features=True)[1])
+            return model(batch, with_features=True)[1], None
         except Exception as error:
-            if model.layout == "separate":
-                fail(f"the model cannot read a row of tokens: {one_line(error)}")
-            problem = one_line(error)
-    # They differ by rounding, 1e-6 in fp32 and 0.01 in bf16, or else by about 1.
-    error = (outcomes[-1] - outcomes[0]).norm() / outcomes[0].norm()
-    if len(outcomes) == 2 and error < (0.05 if model.dtype == torch.bfloat16 else 1e-3):
-        return
+            if isinstance(model, FSDPModule):
+                model.reset_iter_state()  # or some weights would stay gathered, and never be trained
+            return None, one_line(error)
+
+    expected, error = features("separate")
+    if error:
+        fail(f"the model cannot read a row of tokens: {error}")
+    found, error = features("packed" if flex else "shared")
+    if not error:
+        # They differ by rounding, 1e-6 in fp32 and 0.01 in bf16, or else by about 1.
+        distance = (found - expected).norm() / expected.norm()
+        if distance < (0.05 if model.dtype == torch.bfloat16 else 1e-3):
+            return
+        error = f"its features are off by {distance:.1%}"
     if flex:
-        why = f"its features are off by {error:.0%}" if len(outcomes) == 2 else problem
-        fail(f"--attention flex: {name} cannot read packed rows: {why}; leave it at sdpa")
+        fail(f"--attention flex: {name} cannot read packed rows: {error}; leave it at sdpa")
     model.layout = "separate"
-    say(f"{name} cannot read two responses in one row: it reads the prompt once for each, which takes longer")
+    say(f"{name} reads the prompt once for each response, which takes longer, and not two in one row: {error}")
 
 
 def clip_gradients(model, most):
@@ -801,7 +813,7 @@ def run_state(model, optimizer):
 
 
 def save_checkpoint(folder, model, optimizer, step):
-    """Write <folder>/checkpoint-<step>, safetensors of every rank's shards, then remove the one before. Data order and
+    """Write <folder>/checkpoint-<step>, safetensors of every rank's shards, then remove older ones. Data order and
     all randomness are functions of the seed and the step, so nothing else is needed to go on bit for bit."""
     tmp = Path(folder) / "checkpoint.tmp"
     if RANK == 0:

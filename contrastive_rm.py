@@ -257,6 +257,7 @@ if __name__ == "__main__":
     model = load_reward_model(name, tokenizer, device, args)
     dropout, views = Dropout(model, args.dropout), range(2 if args.dropout else 1)
     parts = nn.ModuleDict({"model": model})
+    # UNSTATED: the prototypes learn from the first step on; the code of SwAV freezes them at first.
     if args.method == "swav":  # a copy on every rank, which the same gradients keep the same
         torch.manual_seed(args.seed)
         parts["prototypes"] = nn.Linear(model.model.score.in_features, args.prototypes, bias=False).to(device)

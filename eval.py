@@ -832,6 +832,7 @@ if __name__ == "__main__":
         model = load_reward_model(folder, tokenizer, device, args, flag="--reward-models")
         for key, (source, rows, items, *_) in (sets | choices).items():
             said[key][name] = score_set(model, tokenizer, rows, items, source, args)
+        del model
         log(number, {"model": name})
     if args.ensemble is not None:
         for key in said:

@@ -39,7 +39,7 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from common import (
     RANK, WORLD, Log, RewardModel, all_sum, as_answers, barrier, clip_gradients, encode_answers, encode_prompts, fail,
@@ -144,7 +144,7 @@ def parse_args():
 
 
 class Policy(RewardModel):
-    """A language model that reads shared prompts: log-probabilities of the response tokens, and samples."""
+    """A language model that reads the same batches: log-probabilities of the response tokens, and samples."""
 
     def states(self, ids, places, **kwargs):
         """The logits at places of any shape, computed there alone: half the tokens are prompts."""
@@ -165,7 +165,13 @@ class Policy(RewardModel):
     def generate(self, ids, **kwargs):
         """Sample, as `respond` asks for it."""
         self.eval()  # or gradient checkpointing would take the cache away
+        if isinstance(self, FSDPModule):
+            self.set_reshard_after_forward(False)  # gather the weights once, not for every token
         tokens = self.model.generate(ids, synced_gpus=self.ranks > 1, **kwargs)
+        if isinstance(self, FSDPModule):
+            self.set_reshard_after_forward(True)
+            for module in (m for m in self.modules() if isinstance(m, FSDPModule)):
+                module.reshard()
         self.train()
         return tokens
 
@@ -520,7 +526,7 @@ if __name__ == "__main__":
                 save_model(here / "policy", policy, tokenizer)  # last: what says that the round is done
             if args.save_every and (i + 1) % args.save_every == 0 and not ends:
                 save_checkpoint(out, parts, optimizers, step + 1)
-        del policy, critic, models, parts, optimizers
+        del policy, critic, reward_model, reference, models, parts, optimizers
         barrier()
 
     if args.plot and RANK == 0:

@@ -270,6 +270,7 @@ if __name__ == "__main__":
                 judge = np.flatnonzero(part_of == part) if parts and key == "train" else np.arange(len(data))
                 rewards = score(model, data.select(judge), args.micro_tokens, key)
                 votes[key][judge] += rewards if key == "train" else rewards / len(sizes)
+            del model
             seconds["score"] += time.time() - began
         if RANK % ranks == 0:
             with replaced(paths[member]) as tmp:

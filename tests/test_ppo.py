@@ -13,6 +13,7 @@ from conftest import shell
 from safetensors.torch import load_file
 from test_baseline import CLOCK, kill_when
 from test_batch import DATA, ROWS, SEPARATES, SHARES, load
+from torch.distributed.tensor import DTensor
 
 import common
 import ppo_loop
@@ -79,6 +80,20 @@ def test_policy_reads_what_separate_rows_say(name, tmp_path, tokenizer):
                                        rtol=0, atol=2e-5)
             torch.testing.assert_close(values[i, j, :n], critic.model.score(hidden)[:, 0], rtol=0, atol=2e-5)
             assert (logp[i, j, n:] == 0).all() and (entropy[i, j, n:] == 0).all()
+
+
+def test_sampling_in_bf16_leaves_the_weights_sharded(llama, tokenizer):
+    """Gathered for the whole of it, they must be gathered anew after the next step."""
+    policy = ppo_loop.load_policy(llama, tokenizer, CPU, small_args(dtype="bfloat16"))
+    for _ in range(2):
+        before = policy(common.collate(DATA, [0, 1, 2], "cpu"))[0].detach()
+        answers = common.respond(policy, [[1, 5], [1, 6, 7]], 3, (0, 0, 0), 2, CPU)
+        assert [len(answer) for answer in answers] == [3, 3] and policy.training
+        assert all(isinstance(p, DTensor) for p in policy.parameters())
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.mul_(1.5)
+        assert (policy(common.collate(DATA, [0, 1, 2], "cpu"))[0] - before).abs().max() > 0.01
 
 
 def test_advantages_against_a_plain_loop():
