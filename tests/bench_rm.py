@@ -8,6 +8,7 @@
     grouped     the same rows, padded and separate, in batches grouped by length (no honest random batches)
     trl         the same rows by TRL's RewardTrainer with its defaults, where `trl` can be imported
 
+The last three compute in bf16 by autocast, which keeps what passes between the layers in fp32; ours do it by FSDP.
 Prints a Markdown table. Pairs/s: pairs over seconds, optimizer steps included, after one more step that warms up (flex:
 after all of them once, so that every width of a row is compiled).
 Tokens/s: of pairs with their prompt once, which is what has to be read. Share of the peak: 6 operations for each of

@@ -108,14 +108,16 @@ if __name__ == "__main__":
     add("--epochs", type=float, default=1.0)
     add("--members", type=int, default=6)
     add("--seeds", type=int, default=3)
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     add("--jobs", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if not (RUNS / "sft").exists():
         language_model(args)
     context = multiprocessing.get_context("spawn")
-    jobs = [((seed, name), args) for seed in range(args.seeds) for name in METHODS if "denoise" not in METHODS[name]]
-    later = [((seed, name), args) for seed in range(args.seeds) for name in METHODS if "denoise" in METHODS[name]]
+    todo = [((seed, name), args) for seed in range(args.seeds) for name in args.methods]
+    jobs = [job for job in todo if "denoise" not in METHODS[job[0][1]]]
+    later = [job for job in todo if job not in jobs]  # which wait for the votes
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
         votes = pool.submit(work, ((None, None), args))
         for number, _ in enumerate(pool.map(work, jobs), 1):
@@ -126,4 +128,4 @@ if __name__ == "__main__":
     base = {name: accuracy("baseline", name, args) for name in names}
     table(["accuracy", *names], ["baseline", *(show(base[name]) for name in names)], *(
         [method, *(show(accuracy(method, name, args) - base[name], sign="+") for name in names)]
-        for method in METHODS if method != "baseline"))
+        for method in args.methods if method != "baseline"))
