@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from common import (
     WORLD, Log, all_sum, clip_gradients, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
-    micro_batches, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
+    micro_batches, save_checkpoint, save_model, say, score, settle, setup, spell, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -46,7 +46,8 @@ EVAL_DATA = {  # of --data, when --eval-data is not given
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, epilog=spell(DEFAULTS), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
     add("--model", default="toy", help="a language or reward model: folder, hub id, or config.json (random weights)")
     add("--tokenizer", help="folder or hub id, if not the model's; for a config.json one is trained on the data")
@@ -124,7 +125,7 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps, train["length"][:])
+    log.start(start, steps, train)
 
     for step in range(start, steps):
         began = time.time()

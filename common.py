@@ -89,11 +89,19 @@ def settle(args, defaults, eval_data, ranks, taken=()):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
     if getattr(args, "attention", "sdpa") == "flex" and not torch.cuda.is_available():
         fail("--attention flex needs a GPU: FlexAttention cannot train on a CPU")
-    if args.batch_size < 1 or args.batch_size % ranks:
+    if args.batch_size < 1:
+        fail(f"--batch-size {args.batch_size} is below 1")
+    if args.batch_size % ranks:
         fail(f"--batch-size {args.batch_size} cannot be divided among {ranks} ranks")
     if getattr(args, "plot", False) and not importlib.util.find_spec("matplotlib"):
         fail("--plot draws with matplotlib: pip install matplotlib")
     return args
+
+
+def spell(defaults):
+    """{flag: (the paper's, the toy's)}, as --help shows it."""
+    lines = [f"  --{name.replace('_', '-'):16} {paper!s:30} {toy}" for name, (paper, toy) in defaults.items()]
+    return "\n".join([f"  {'default of':18} {'the paper':30} the toy world", *lines])
 
 
 def setup(seed):
@@ -278,6 +286,17 @@ def load_config(name, **changes):
     return config
 
 
+def reward_config(name, flag):
+    """The configuration of what shall be a reward model. Exits if its head has other labels than one."""
+    try:
+        saved, config = load_config(name), load_config(name, num_labels=1)
+    except Exception as error:
+        fail(f"{flag} {name}: {one_line(error)}")
+    if "SequenceClassification" in str(saved.architectures) and saved.num_labels != 1:
+        fail(f"{flag} {name}: its `score` head has {saved.num_labels} labels, that of a reward model has one")
+    return config
+
+
 def load_reward_model(name, tokenizer, device, args, seed=None, ranks=WORLD, flag="--model"):
     """A RewardModel from a Hugging Face folder or hub id: a reward model or, where `flag` is --model, also a language
     model (it gets a new head) or a config.json (random weights). Weights are fp32, dropout is off; each rank holds a
@@ -288,10 +307,8 @@ def load_reward_model(name, tokenizer, device, args, seed=None, ranks=WORLD, fla
         gc.collect()  # a model that is gone, with its hooks and graphs, holds memory until then
     # before the weights, so that members of an ensemble differ by their seed and nothing else
     torch.manual_seed(args.seed if seed is None else seed)
+    config = reward_config(name, flag)
     try:
-        saved, config = load_config(name), load_config(name, num_labels=1)
-        if "SequenceClassification" in str(saved.architectures) and saved.num_labels != 1:
-            fail(f"{flag} {name}: its `score` head has {saved.num_labels} labels, that of a reward model has one")
         kwargs = {"config": config, "dtype": torch.float32}
         if str(name).endswith(".json"):
             model, missing = AutoModelForSequenceClassification.from_config(**kwargs), {"score.weight"}
@@ -427,6 +444,8 @@ def load_rows(source, split="train"):
                 key, equals, value = word.partition("=")
                 options |= {key: json.loads(value)} if equals else {"split": word}
             return datasets.Dataset.from_list(toy_comparisons(**options))
+        if re.search(r"\.(jsonl?|parquet|gz):", source):
+            fail(f"{source}: a file has no splits, leave out what stands behind the colon")
         if re.search(r"\.(csv|tsv|txt|arrow|xlsx?|parquet\.gz|zip|zst|bz2|xz)$", source):
             fail(f"{source}: files are .jsonl, .json, .jsonl.gz, .json.gz or .parquet")
         if re.search(r"\.(jsonl?|parquet|gz)$", source):
@@ -437,7 +456,10 @@ def load_rows(source, split="train"):
         if not Path(path).is_dir():
             return datasets.load_dataset(path, *parts[:-1], split=parts[-1] if parts else split)
         rows = datasets.load_from_disk(path)
-        return rows if isinstance(rows, datasets.Dataset) else rows[parts[-1] if parts else split]
+        splits = {"": rows} if isinstance(rows, datasets.Dataset) else rows
+        wanted = parts[-1] if parts else "" if "" in splits else split
+        return splits[wanted] if wanted in splits else fail(
+            f"{source}: no split '{wanted}'" + f", it has {', '.join(splits)}" * ("" not in splits))
     except Exception as error:
         fail(f"{source}: {broken_line(source) or one_line(error.__cause__ or error)}")
 
@@ -604,14 +626,20 @@ def tokenize(rows, source, tokenizer, max_length, wanted=("chosen", "rejected"))
     if all(dropped):
         fail(f"{source}: none of {len(rows):,} rows can be used")
     done = done.select(np.flatnonzero(dropped == ""))
-    if np.mean(np.concatenate(done[:100]["prompt_ids"]) == tokenizer.unk_token_id) > 0.5:
-        fail(f"{source}: the tokenizer knows less than half the words: give the --model or --tokenizer of such text")
+    check_words(done, source, tokenizer)
     return done
+
+
+def check_words(data, source, tokenizer):
+    """Exit if the tokenizer does not know half of what the first prompts say."""
+    if np.mean(np.concatenate(data[:100]["prompt_ids"]) == tokenizer.unk_token_id) > 0.5:
+        fail(f"{source}: the tokenizer knows less than half the words: give the model or --tokenizer of such text")
 
 
 def load_tokenizer(name, rows):
     """The tokenizer of a folder or hub id; for a config.json a byte-level BPE trained on the texts of `rows`, as large
     as the config says. Pad is never EOS: who pads with EOS loses the token that is scored. Exits if there is no EOS."""
+    given = name
     try:
         if str(name).endswith(".json"):
             name, size = None, AutoConfig.from_pretrained(name).vocab_size
@@ -622,8 +650,9 @@ def load_tokenizer(name, rows):
                         train_bpe(rows, size).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
-        hint = ", give one with --tokenizer" if rows is not None else ", or no model at all"
-        fail(f"no tokenizer in {name}{hint} ({one_line(error)})")
+        if name is None or not Path(name).exists():
+            fail(f"{given} is no folder or file here, and not to be had from the hub ({one_line(error)})")
+        fail(f"no tokenizer in {name}" + ", give one with --tokenizer" * (rows is not None) + f" ({one_line(error)})")
     if tokenizer.eos_token is None:
         fail(f"the tokenizer of {name} has no EOS token, and every response must end in one")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -857,6 +886,13 @@ def save_model(folder, model, tokenizer):
     barrier()  # now every rank may read it
 
 
+def tokens_of(data):
+    """All tokens of a tokenised data set, and the lengths of its rows: arrays that tell it from another."""
+    table = data.select_columns(["prompt_ids", "response_ids", "length"]).with_format("arrow")[:].combine_chunks()
+    columns = [column.combine_chunks() for column in table.columns]
+    return [x.to_numpy() for x in (columns[0].flatten(), columns[1].flatten().flatten(), columns[2])]
+
+
 def say(text):
     """Print a line on rank 0, above the progress bar."""
     if RANK == 0:
@@ -873,6 +909,8 @@ class Log:
         self.settings = {"script": Path(sys.argv[0]).name, **settings}
         if self.folder.resolve() in Path.cwd().resolve().parents or self.folder.resolve() == Path.cwd().resolve():
             fail(f"--output-dir {folder}: name a folder of its own")
+        if self.folder.exists() and not self.folder.is_dir():
+            fail(f"--output-dir {folder} is a file")
         for key, value in settings.items():
             for text in value if isinstance(value, list) else [value]:
                 path = Path(str(text).partition("=")[2] or str(text)).resolve()
@@ -889,10 +927,12 @@ class Log:
                      "resume that with its own flags, or begin another without --resume")
 
     def start(self, step, total, *data):
-        """Begin after `step` of `total` steps on `data`, arrays or tensors that must be the same when a run is resumed.
+        """Begin after `step` of `total` steps on `data`, tokenised or arrays, the same when a run is resumed.
         Another run that is there is moved aside, never overwritten; the records that a killed run wrote after `step`
         are written anew."""
-        self.settings["data_hash"] = Hasher.hash([torch.as_tensor(values).cpu().numpy() for values in data])
+        self.settings["data_hash"] = Hasher.hash([
+            tokens_of(values) if isinstance(values, datasets.Dataset) else torch.as_tensor(values).cpu().numpy()
+            for values in data])
         if self.old and self.old.get("data_hash") != self.settings["data_hash"]:
             fail(f"the data are not those of the run in {self.folder}: begin another without --resume")
         if RANK == 0:
@@ -903,7 +943,8 @@ class Log:
             with replaced(self.args) as tmp:
                 tmp.write_text(json.dumps(self.settings, indent=1))
             if self.resume:
-                say(f"{self.folder}: going on after step {step} of {total}")
+                say(f"{self.folder}: going on after step {step} of {total}" if step else
+                    f"{self.folder}: no checkpoint to go on from, so from the start")
             path = self.folder / "metrics.jsonl"
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             with replaced(path) as tmp:

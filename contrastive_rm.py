@@ -37,8 +37,8 @@ from torch import nn
 
 from common import (
     RANK, WORLD, Log, all_sum, clip_gradients, decoder_layers, fail, load_checkpoint, load_reward_model, load_rows,
-    load_tokenizer, micro_batches, save_checkpoint, save_model, say, score, separate_rows, settle, setup, step_rows,
-    tokenize, toy_model)
+    load_tokenizer, micro_batches, save_checkpoint, save_model, say, score, separate_rows, settle, setup, spell,
+    step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -63,7 +63,8 @@ EVAL_DATA = {  # of --data, when --eval-data is not given
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, epilog=spell(DEFAULTS), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
     add("--model", default="toy", help="a language or reward model: folder, hub id, or config.json (random weights)")
     add("--tokenizer", help="folder or hub id, if not the model's; for a config.json one is trained on the data")
@@ -105,6 +106,8 @@ def parse_args():
         fail("--beta is 0 or more, --dropout is from 0 to below 1, --temperature and --epsilon are above 0")
     if args.sinkhorn_iterations < 1 or args.method == "swav" and args.prototypes < 2:
         fail("--sinkhorn-iterations is 1 or more, --prototypes 2 or more")
+    if args.plot and not args.eval_data:
+        fail("--plot draws the features of --eval-data: name a set")
     if args.beta and not args.dropout:
         fail("--dropout 0 makes the two views of a sample equal: nothing to learn, so --beta must be 0 as well")
     return args
@@ -269,7 +272,7 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, parts, optimizers) if args.resume else 0
-    log.start(start, steps, train["length"][:])
+    log.start(start, steps, train)
 
     for step in range(start, steps):
         began = time.time()
@@ -322,7 +325,7 @@ if __name__ == "__main__":
             save_checkpoint(args.output_dir, parts, optimizers, step + 1)
 
     save_model(f"{args.output_dir}/model", model, tokenizer)
-    if args.plot and sets:
+    if args.plot:
         plot(f"{args.output_dir}/features.png", model, sets, args.micro_tokens)
     for key in sets:
         say("{}: accuracy {accuracy:.3f} ({accuracy_low:.3f} to {accuracy_high:.3f})".format(

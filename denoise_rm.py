@@ -42,7 +42,8 @@ import torch.nn.functional as F
 
 from common import (
     WORLD, Log, all_sum, clip_gradients, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
-    micro_batches, one_line, save_checkpoint, save_model, say, score, settle, setup, step_rows, tokenize, toy_model)
+    micro_batches, one_line, save_checkpoint, save_model, say, score, settle, setup, spell, step_rows, tokenize,
+    toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("fnlp/hh-rlhf-strength-cleaned", "toy"),
@@ -64,7 +65,8 @@ LABELS = "gold", "GPT4 label"  # columns with a second label: 1 for chosen, 0 fo
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, epilog=spell(DEFAULTS), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
     add("--model", default="toy", help="a language or reward model: folder, hub id, or config.json (random weights)")
     add("--tokenizer", help="folder or hub id, if not the model's; for a config.json one is trained on the data")
@@ -110,7 +112,16 @@ def parse_args():
     if not 0 <= args.percentiles[0] < args.percentiles[1] <= 100:
         fail("--percentiles {} {} leave nothing: they are two numbers from 0 to 100, the lower first".format(
             *args.percentiles))
+    if args.strength and not needs_strength(args):
+        fail(f"--strength {args.strength} changes nothing without --percentiles, --drop, --flip, --margin, "
+             "--soft-targets or --smooth-on negative")
     return args
+
+
+def needs_strength(args):
+    """Whether any of the flags asks for the strengths."""
+    return bool(args.margin or args.flip or args.drop or args.soft_targets or args.percentiles != [0, 100]
+                or args.smoothing and args.smooth_on == "negative")
 
 
 def read_strength(source, rows, index, flag="--strength"):
@@ -217,8 +228,7 @@ if __name__ == "__main__":
 
     # strengths: which rows to train on, and for each swap, margin and target
     strength = np.zeros(len(train))
-    if args.margin or args.flip or args.drop or args.soft_targets or args.percentiles != [0, 100] or (
-            args.smoothing and args.smooth_on == "negative"):
+    if needs_strength(args):
         source = args.strength or (args.data if STRENGTH in rows.column_names else "runs/vote_strength/train.jsonl")
         strength = read_strength(source, rows, np.array(train["row"][:]))
         kept = np.flatnonzero(np.isfinite(strength))
@@ -250,7 +260,7 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps, train["length"][:], swap, margin, target)
+    log.start(start, steps, train, swap, margin, target)
 
     for step in range(start, steps):
         began = time.time()

@@ -38,9 +38,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from common import (
-    NUMBERS, RANK, THINGS, Log, barrier, encode_answers, encode_prompts, fail, load_config, load_language_model,
-    load_prompts, load_reward_model, load_rows, load_tokenizer, one_line, replaced, respond, sample_responses, say,
-    score, setup, tokenize, toy_gold, toy_model)
+    NUMBERS, RANK, THINGS, Log, barrier, check_words, encode_answers, encode_prompts, fail, load_config,
+    load_language_model, load_prompts, load_reward_model, load_rows, load_tokenizer, one_line, replaced, respond,
+    reward_config, sample_responses, say, score, setup, tokenize, toy_gold, toy_model)
 
 STRENGTH = "mean preference difference"
 LABELS = "gold", "GPT4 label", "human_votes"  # columns with a second label
@@ -120,7 +120,7 @@ def parse_args():
     args.output_dir = args.output_dir or ("runs/tables" if args.tables else "runs/eval")
     if not any([args.tables, args.reward_models, args.eval_data, args.best_of_n, args.policies]):
         runs = [path.parent for path in sorted(Path("runs").glob("*/args.json"))
-                if json.loads(path.read_text()).get("model") == "toy"]
+                if json.loads(path.read_text()).get("model") == "toy" and not moved_aside(path.parent)]
         args.reward_models = [f"{run.name}={run / 'model'}" for run in runs if (run / "model").is_dir()]
         args.policies = [f"{run.name}-{path.parent.name}={path}" for run in runs for path in run.glob("round-*/policy")]
         args.policies = ["sft=toy", *sorted(args.policies)] if args.policies else []
@@ -146,13 +146,16 @@ def parse_args():
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} is not {low} or more")
-    if args.max_length is not None and args.max_length <= args.max_new_tokens:
-        fail(f"--max-length {args.max_length} is not above --max-new-tokens {args.max_new_tokens}")
     if not (args.temperature > 0 and args.judge_timeout > 0):
         fail("--temperature and --judge-timeout are above 0")
     if not args.judge.startswith(("rm:", "llm:", "http://", "https://")) and args.judge != "gold":
         fail(f"--judge {args.judge}: it is gold, rm:FOLDER, llm:FOLDER or an address that begins with http")
     return args
+
+
+def moved_aside(run):
+    """Whether the folder is that of an earlier run, which a new one moved aside."""
+    return bool(re.search(r"\.\d+$", run.name))
 
 
 def named(flag, values):
@@ -263,7 +266,9 @@ def encode_items(items, source, tokenizer, max_length):
         places.append([distinct.index(tuple(answer)) for answer in answers])
         losses += cut
     say(f"{source}: {len(rows):,} rows" + f"; {losses:,} cut" * (losses > 0))
-    return datasets.Dataset.from_list(rows), places
+    data = datasets.Dataset.from_list(rows)
+    check_words(data, source, tokenizer)
+    return data, places
 
 
 def score_set(model, tokenizer, rows, items, source, args):
@@ -675,7 +680,7 @@ def aggregate(paths, keys):
             records = json.loads(path.read_text())
             if not isinstance(records, list) or not all("table" in record for record in records):
                 raise ValueError("these are no records of eval.py")
-            if re.search(r"\.\d+$", path.parent.name) or any("runs" in record for record in records):
+            if moved_aside(path.parent) or any("runs" in record for record in records):
                 say(f"{path} is left out: an earlier run that was moved aside, or means already")
                 continue
             for record in records:
@@ -712,7 +717,8 @@ def plot(folder, records, seen):
                 paint(axis, panel)
                 axis.set(title=panel, xlabel=xlabel, ylabel=ylabel)
             named = {name: line for axis in axes[0] for line, name in zip(*axis.get_legend_handles_labels())}
-            figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize="small")
+            figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=2 * min(len(panels), 3),
+                          fontsize="small")
             for kind in ("png", "svg"):
                 figure.savefig(Path(folder) / f"{name}.{kind}", dpi=120)
             plt.close(figure)
@@ -750,9 +756,11 @@ def plot(folder, records, seen):
     def lines(table, x, y, **fixed):
         def paint(axis, panel):
             for name in names:
-                points = [(float(record[x]), record[y]) for record in of(table, set=panel, model=name, **fixed)]
+                points = [(float(record[x]), record[y], record.get(f"{y}_half", 0))
+                          for record in of(table, set=panel, model=name, **fixed)]
                 if points:
-                    axis.plot(*zip(*points), "o-", markersize=3, color=color[name], label=name)
+                    axis.errorbar(*zip(*points), fmt="o-", markersize=3, linewidth=1, elinewidth=0.5, color=color[name],
+                                  label=name)
             if x == "n":
                 axis.set_xscale("log", base=2)
         return paint
@@ -803,6 +811,12 @@ if __name__ == "__main__":
         fail("--judge gold knows the toy's prompts only: give rm:FOLDER, llm:FOLDER or an address")
     if policies and kind.startswith("http") and RANK == 0:
         ask_address(args.judge, ["Answer with one word: are you there?"], args)  # or it ends here, not after the work
+    for flag, names in (("--reward-models", models.values()), ("--judge", [judge] * (kind == "rm"))):
+        for folder in names:
+            reward_config(folder, flag)
+    members = (args.ensemble or list(models)) if args.ensemble is not None else []
+    if args.ensemble is not None and (len(members) < 2 or not models.keys() >= {*members}):
+        fail(f"--ensemble {' '.join(members)}: name two or more of --reward-models {' '.join(models)}")
     log.start(0, len(models))
 
     # several responses to a prompt, with what they are truly worth
@@ -821,10 +835,7 @@ if __name__ == "__main__":
 
     # what the reward models say of all of it
     said = {name: {} for name in (*sets, *choices)}  # {set: {model: (scores, features)}}
-    if args.ensemble is not None:
-        members = args.ensemble or list(models)
-        if len(members) < 2 or not models.keys() >= {*members}:
-            fail(f"--ensemble {' '.join(members)}: name two or more of --reward-models {' '.join(models)}")
+    if members:
         if average_of_weights([models[name] for name in members], Path(args.output_dir) / "warm"):
             models["average of weights"] = str(Path(args.output_dir) / "warm")
     for number, (name, folder) in enumerate(models.items(), 1):
@@ -834,7 +845,7 @@ if __name__ == "__main__":
             said[key][name] = score_set(model, tokenizer, rows, items, source, args)
         del model
         log(number, {"model": name})
-    if args.ensemble is not None:
+    if members:
         for key in said:
             several = ensemble(np.stack([said[key][name][0] for name in members]), args.penalty)
             said[key] |= {name: (scores, None) for name, scores in several.items()}

@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from common import (
     RANK, WORLD, Log, all_sum, clip_gradients, fail, load_checkpoint, load_reward_model, load_rows, load_tokenizer,
-    micro_batches, read_row, replaced, sample_responses, save_checkpoint, save_model, say, score, settle, setup,
+    micro_batches, read_row, replaced, sample_responses, save_checkpoint, save_model, say, score, settle, setup, spell,
     step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
@@ -62,7 +62,8 @@ EVAL_DATA = {  # of --data, when --eval-data is not given
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, epilog=spell(DEFAULTS), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
     add("--model", default="toy", help="a language or reward model: folder, hub id, or config.json (random weights)")
     add("--tokenizer", help="folder or hub id, if not the model's; for a config.json one is trained on the data")
@@ -214,7 +215,7 @@ if __name__ == "__main__":
     steps = math.ceil(per_epoch * args.epochs)
     warmup = max(1, round(steps * args.warmup))
     start = load_checkpoint(args.output_dir, model, optimizer) if args.resume else 0
-    log.start(start, steps, train["length"][:], *([meta["length"][:]] if watched else []))
+    log.start(start, steps, train, *([meta] if watched else []))
     if watched and RANK == 0 and given is None:
         with replaced(path) as tmp:
             tmp.write_text("".join(json.dumps(row) + "\n" for row in responses))

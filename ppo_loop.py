@@ -44,8 +44,8 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from common import (
     RANK, WORLD, Log, RewardModel, all_sum, as_answers, barrier, clip_gradients, encode_answers, encode_prompts, fail,
     last_checkpoint, load_checkpoint, load_language_model, load_prompts, load_reward_model, load_tokenizer,
-    micro_batches, prepare, replaced, respond, response_tokens, save_checkpoint, save_model, say, score, settle, setup,
-    step_rows, toy_gold, toy_model)
+    micro_batches, prepare, replaced, respond, response_tokens, reward_config, save_checkpoint, save_model, say, score,
+    settle, setup, spell, step_rows, toy_gold, toy_model)
 
 # UNSTATED: whether the paper's 32 are prompts or responses (here prompts), the clips of ratio and value (here those of
 # the authors' released PPO), the whitening.
@@ -67,9 +67,8 @@ DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "temperature":  (0.8,                   1.0),
     "kl":           (0.05,                  0.2),
     "reward_clip":  (0.8,                   0.0),
-    "rm_flags":     ("", "--epochs 3 --batch-size 32 --lr 5e-4 --max-length 64 --micro-tokens 4096 --eval-every 0 "
-                         "--save-every 0 --eta 0.01 --meta-prompts 1000 --max-new-tokens 12"),
 }
+RM_FLAGS = "", "--epochs 3 --batch-size 32 --lr 5e-4 --eval-every 0 --save-every 0 --eta 0.01 --meta-prompts 1000"
 EVAL_DATA = {  # of --data, when --eval-data is not given
     "Anthropic/hh-rlhf": ["test=Anthropic/hh-rlhf:test"],
     "toy": ["id=toy:id", "ood=toy:ood"],
@@ -78,7 +77,8 @@ EVAL_DATA = {  # of --data, when --eval-data is not given
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, epilog=spell(DEFAULTS), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
     add("--model", default="toy", help="the SFT model, a language model: folder or hub id")
     add("--reward-model", help="of the first round: a folder; by default it is trained like those of the others")
@@ -92,7 +92,7 @@ def parse_args():
     add("--rm-from", choices=["sft", "last"], default="sft", help="a round's reward model starts from")
     add("--policy-from", choices=["sft", "last"], default="last", help="a round's policy starts from")
     add("--reference", choices=["sft", "last"], default="sft", help="a round's KL is to the SFT or to the last policy")
-    add("--rm-flags", help="more flags of meta_rm.py, in one string")
+    add("--rm-flags", default="", help="more flags of meta_rm.py, in one string")
     add("--iterations", type=int, help="of a round: roll-outs, then --epochs passes over them")
     add("--epochs", type=int, help="passes over the roll-outs of an iteration")
     add("--minibatches", type=int, default=1, help="optimizer steps in a pass")
@@ -138,6 +138,8 @@ def parse_args():
             and 0 <= args.gamma <= 1 and 0 <= args.lam <= 1 and args.max_new_tokens < args.max_length):
         fail("--temperature, --critic-lr and --ratio-clip are above 0, --gamma and --lam between 0 and 1, "
              "--minibatches is at most --batch-size, --max-new-tokens below --max-length")
+    if args.model.endswith(".json"):
+        fail(f"--model {args.model}: PPO starts from a language model, not from a configuration")
     if args.whiten and args.batch_size * args.rollouts < 2:
         fail("--batch-size 1 --rollouts 1 give one response an iteration, which cannot be whitened: --no-whiten")
     return args
@@ -371,7 +373,9 @@ def train_reward_model(folder, start, policy, args):
     model's folder."""
     if not (folder / "model").exists():
         flags = ["--model", start, "--policy", policy, "--data", args.data, "--eval-data", "--dtype", args.dtype,
-                 "--output-dir", folder, "--seed", args.seed, *shlex.split(args.rm_flags)]
+                 "--output-dir", folder, "--seed", args.seed, "--max-length", args.max_length, "--max-new-tokens",
+                 args.max_new_tokens, "--micro-tokens", args.micro_tokens,
+                 *shlex.split(f"{RM_FLAGS[args.model == 'toy']} {args.rm_flags}")]
         flags += ["--eta", 0] * (args.method == "baseline") + ["--gradient-checkpointing"] * args.gradient_checkpointing
         sys.argv = ["meta_rm.py", *map(str, flags), *["--resume"] * (folder / "args.json").exists()]
         runpy.run_path(str(Path(__file__).with_name("meta_rm.py")), run_name="__main__")
@@ -402,6 +406,8 @@ if __name__ == "__main__":
 
     # where to begin, and the prompts
     out, sft = Path(args.output_dir), toy_model() if args.model == "toy" else args.model
+    if args.reward_model:
+        reward_config(args.reward_model, "--reward-model")
     done = sum((out / f"round-{i + 1}/policy").exists() for i in range(args.rounds)) * args.resume  # rounds
     begin = max(done * args.iterations, last_checkpoint(out)) if args.resume else 0
     tokenizer = load_tokenizer(sft, None)
@@ -428,7 +434,8 @@ if __name__ == "__main__":
             critic_from = sft
             say(f"{judged_by} has another tokenizer than {sft}: it reads text, and the critic starts from the latter")
         policy = load_policy(latest if args.policy_from == "last" else sft, tokenizer, device, args)
-        critic = load_reward_model(critic_from, tokenizer, device, args)
+        critic = load_reward_model(
+            critic_from, tokenizer, device, args, flag="--model" if foreign else "--reward-model")
         reward_model = load_reward_model(judged_by, reader, device, args, flag="--reward-model").requires_grad_(False)
         reference = load_policy(latest if args.reference == "last" else sft, tokenizer, device, args)
         models = {"policy": policy, "reference": reference.requires_grad_(False), "reward": reward_model,

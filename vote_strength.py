@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from common import (
     RANK, WORLD, Log, all_sum, barrier, clip_gradients, fail, load_reward_model, load_rows, load_tokenizer,
-    micro_batches, replaced, say, score, settle, setup, step_rows, tokenize, toy_model)
+    micro_batches, replaced, say, score, settle, setup, spell, step_rows, tokenize, toy_model)
 
 DEFAULTS = {  #     the paper's            the toy's: taken when --model is toy
     "data":         ("Anthropic/hh-rlhf",   "toy"),
@@ -52,7 +52,8 @@ LABELS = "gold", "GPT4 label"  # columns with a second label: 1 for chosen, 0 fo
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, epilog=spell(DEFAULTS), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
     add("--model", default="toy", help="a language or reward model: folder, hub id, or config.json (random weights)")
     add("--tokenizer", help="folder or hub id, if not the model's; for a config.json one is trained on the data")
@@ -216,9 +217,10 @@ def plot(path, mean, std, table):
         axis.hist(values, bins=60, density=True)
         axis.set(xlabel=label, ylabel="density")
     axes[0].axvline(0, color="black", linewidth=0.8)
-    axes[2].plot(table[:, 1], "o-", label="mean")
-    axes[2].plot(table[:, 2], "s-", label="std")
-    axes[2].set(xlabel=f"group of {len(table)}, weakest first", ylabel="strength")
+    number = np.arange(1, len(table) + 1)
+    axes[2].plot(number, table[:, 1], "o-", label="mean")
+    axes[2].plot(number, table[:, 2], "s-", label="std")
+    axes[2].set(xlabel="twentieth of the rows, weakest first", ylabel="strength", xticks=number[::2])
     axes[2].legend()
     axes[3].plot(table[:, 1], table[:, 3], "o-")
     axes[3].axhline(0.5, color="black", linewidth=0.8)
@@ -233,6 +235,9 @@ if __name__ == "__main__":
     ranks = WORLD if args.shard else 1  # that train a member together
     log = Log(args.output_dir, vars(args), args.resume,
               ("resume", "output_dir", "micro_tokens", "members", "shard", "label", "plot"))
+
+    if log.old.get("members", 0) > args.members:
+        fail(f"--members {args.members}: the run in {args.output_dir} has {log.old['members']}")
 
     # data
     name = toy_model() if args.model == "toy" else args.model
@@ -253,7 +258,7 @@ if __name__ == "__main__":
     todo = [member for member in mine if not (args.resume and read_votes(paths[member], sets))]
     steps = sum(total_steps(size, args) for size in sizes)
     start, seconds = steps * (len(mine) - len(todo)), collections.Counter()
-    log.start(start, steps * len(mine), *(np.array(data["length"][:]) for data in sets.values()))
+    log.start(start, steps * len(mine), *sets.values())
     count = itertools.count(start + 1)
     barrier()
     for member in todo:
@@ -289,11 +294,13 @@ if __name__ == "__main__":
             report[key] = {
                 "rows": len(mean), "refused": float((mean < 0).mean()), "agreement": agreement(second),
                 "rank_correlation": rank_correlation(mean, second), "groups": groups(mean, std, second).tolist()}
-            say(f"{key}: mean strength below 0 in {report[key]['refused']:.3f} of {len(mean):,} rows; the second label "
-                f"agrees with {report[key]['agreement']:.3f}, its rank correlation with the mean is "
-                f"{report[key]['rank_correlation']:.3f}")
+            known = np.isfinite(second).any()
+            say(f"{key}: mean strength below 0 in {report[key]['refused']:.3f} of {len(mean):,} rows" + (
+                f"; the second label, where it takes a side, agrees with {report[key]['agreement']:.3f}, its rank "
+                f"correlation with the mean is {report[key]['rank_correlation']:.3f}") * bool(known))
         say("\n".join([f"{args.data}, weakest first\nrows up to   mean    std    agreement with the second label"] + [
-            "{:8.0%}{:9.3f}{:8.3f}{:8.3f}".format(*group) for group in report["train"]["groups"]]))
+            "{:8.0%}{:9.3f}{:8.3f}{:8.3f}".format(*group).replace("nan", "  -")
+            for group in report["train"]["groups"]]))
         report["seconds"] = dict(seconds)
         with replaced(Path(args.output_dir) / "report.json") as tmp:
             tmp.write_text(re.sub(r"\bNaN\b", "null", json.dumps(report)))  # JSON knows no NaN

@@ -226,7 +226,11 @@ def refused(script, *flags):
     (["--eval-data", "toy:id"], "--eval-data toy:id: give every set a name of its own"),
     (["--eval-data", "x=toy:id", "x=toy:ood"], "give every set a name of its own"),
     (["--eval-data", "x=none.jsonl"], "none.jsonl: no such file"),
-    (["--batch-size", "0"], "--batch-size 0"),
+    (["--batch-size", "0"], "--batch-size 0 is below 1"),
+    (["--data", "same.jsonl:train"], "same.jsonl:train: a file has no splits"),
+    (["--data", "folder:test"], "folder:test: no split 'test'"),
+    (["--output-dir", "bare.json"], "--output-dir bare.json is a file"),
+    (["--attention", "flex"], "--attention flex needs a GPU"),
     (["--epochs", "0"], "--epochs, --lr and --clip are above 0"),
     (["--epochs", "nan"], "--epochs, --lr and --clip are above 0"),
     (["--clip", "0"], "--epochs, --lr and --clip are above 0"),
@@ -239,7 +243,7 @@ def refused(script, *flags):
     (["--data", "row.jsonl", "--model", "bare.json"], "row.jsonl: row 2: "),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--sede", "1"], "unrecognized arguments: --sede 1"),
-    (["--model", "nowhere"], "nowhere"),
+    (["--model", "nowhere"], "nowhere is no folder or file here"),
     (["--model", "encoder/config.json"], "not a decoder"),
     (["--lr", "1e30", "--clip", "1e30"], "lower --lr"),
     (["--output-dir", "full"], "--output-dir full is not empty"),
@@ -253,6 +257,7 @@ def test_bad_input(flags, words, script, tmp_path):
     for name, rows in files.items():
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    datasets.Dataset.from_list([good]).save_to_disk(tmp_path / "folder")
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder/config.json").write_text(json.dumps(
         {"model_type": "bert", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}))
@@ -299,8 +304,12 @@ def test_resume_wants_the_same_data(script):
     Path("d.jsonl").write_text("".join(rows))
     script("baseline_rm.py", "--data", "d.jsonl", "--save-every", 5)
     before = weights()
-    Path("d.jsonl").write_text("".join(rows[::-1]))
-    assert "the data are not those of the run" in refused(script, "--resume", "--data", "d.jsonl", "--save-every", 5)
+    turned = json.loads(rows[0])
+    turned |= {"chosen": turned["rejected"], "rejected": turned["chosen"]}
+    for others in (rows[::-1], [json.dumps(turned) + "\n", *rows[1:]]):
+        Path("d.jsonl").write_text("".join(others))
+        assert "the data are not those of the run" in refused(
+            script, "--resume", "--data", "d.jsonl", "--save-every", 5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights().items())
     Path("d.jsonl").write_text("".join(rows))
     script("baseline_rm.py", "--resume", "--data", "d.jsonl", "--save-every", 5)

@@ -200,6 +200,7 @@ def test_plot(script, monkeypatch):
     (["--dropout", "1"], "--dropout is from 0 to below 1"),
     (["--temperature", "0"], "--temperature and --epsilon are above 0"),
     (["--method", "swav", "--prototypes", "1"], "--prototypes 2 or more"),
+    (["--plot", "--eval-data"], "--plot draws the features of --eval-data"),
     (["--dropout", "0"], "--beta must be 0 as well"),
     (["--lr", "1e30", "--clip", "1e30"], "lower --lr"),
 ])

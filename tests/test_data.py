@@ -287,9 +287,10 @@ def test_tokenizer_without_eos(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="EOS"):
         common.load_tokenizer(tmp_path, None)
-    for rows, hint in (([], "give one with --tokenizer"), (None, "or no model at all")):
+    (tmp_path / "empty").mkdir()
+    for name, hint in (("empty", "no tokenizer in .*, give one with --tokenizer"), ("nothing", "no folder or file here")):
         with pytest.raises(SystemExit, match=hint):
-            common.load_tokenizer(tmp_path / "nothing", rows)
+            common.load_tokenizer(tmp_path / name, [])
 
 
 def test_bpe_from_the_data(tmp_path):

@@ -527,6 +527,7 @@ def test_two_processes_agree(talkers, run, tmp_path, tokenizer):
     (["--reward-models", "a-run"], "a-run is no model, but a-run/model is"),
     (["--reward-models", "lm"], "--reward-models lm is no reward model: it lacks score.weight"),
     (["--reward-models", "two"], "--reward-models two: its `score` head has 2 labels, that of a reward model has one"),
+    (["--reward-models", "rm", "--eval-data", "x=english.jsonl"], "knows less than half the words"),
     (["--reward-models", "rm", "--eval-data", "x=empty.jsonl"], "empty.jsonl: no rows"),
     (["--reward-models", "rm", "--eval-data", "empty.jsonl"], "give every set a name"),
     (["--reward-models", "rm", "--eval-data", "x=label.jsonl"], "label.jsonl: row 1: ValueError: its label 'C'"),
@@ -563,6 +564,7 @@ def test_bad_input(flags, words, run, llama, tokenizer):
     one, two = (row["prompt"] for row in common.toy_comparisons("id", 2))
     files = {
         "empty": [], "label": [{"question": "q", "response_A": "a", "response_B": "b", "label": "C"}],
+        "english": [{"question": "Who wrote it and why?", "response_A": "a", "response_B": "b", "label": "A>B"}],
         "no_scores": [{"prompt": one, "responses": ["a", "b"]}], "text": [{"prompt": "hello", "response": "you"}],
         "said": [{"prompt": p, "response": "apple"} for p in (one, two)],
         "others": [{"prompt": p, "response": "apple"} for p in (one, one)],
@@ -575,3 +577,13 @@ def test_bad_input(flags, words, run, llama, tokenizer):
     with pytest.raises(SystemExit) as error:
         run(*flags)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_bad_call_moves_nothing_aside(run, tokenizer):
+    reward_model("rm", tokenizer)
+    reward_model("two", tokenizer, labels=2)
+    run("--reward-models", "rm", "--eval-data", "x=toy:id,n=20")
+    for flags in (["two"], ["rm", "--ensemble"], ["nowhere"]):
+        with pytest.raises(SystemExit):
+            run("--reward-models", *flags, "--eval-data", "x=toy:id,n=20")
+    assert len(list(Path("runs").iterdir())) == 1
