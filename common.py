@@ -1043,12 +1043,11 @@ def toy_tokenizer():
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def toy_model(hidden=64, layers=2):
-    """The folder of the toy's SFT model, a Llama trained on demonstrations of middling skill; made once, cached under a
-    name that depends on all that made it."""
+def toy_model():
+    """The folder of the toy's SFT model, a 2-layer Llama trained on demonstrations of middling skill; made once, cached
+    under a name that depends on all that made it."""
     source = "".join(map(inspect.getsource, (toy_model, toy_tokenizer, toy_prompt, toy_response)))
-    made_by = [source, hidden, layers, WORDS, torch.__version__, transformers.__version__]
-    path = CACHE / f"toy-sft-{Hasher.hash(made_by)}"
+    path = CACHE / f"toy-sft-{Hasher.hash([source, WORDS, torch.__version__, transformers.__version__])}"
     with local_rank0_first():
         if path.is_dir():
             return path
@@ -1056,7 +1055,7 @@ def toy_model(hidden=64, layers=2):
             torch.manual_seed(0)
             rng, tokenizer, steps = random.Random(0), toy_tokenizer(), 400
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-                vocab_size=len(WORDS), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+                vocab_size=len(WORDS), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
                 num_attention_heads=4, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
             optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
             schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)

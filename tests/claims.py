@@ -82,9 +82,11 @@ def work(seed, noise):
         run("vote_strength.py", folder / "cross", "report.json", *votes, "--cross-fit", "2")
     sets = [f"{name}=toy:{name},seed={seed}" for name in ("id", "ood", "shifted") if name == "id" or noise == NOISE[0]]
     for name, flags in cells(noise).items():
-        run("denoise_rm.py", folder / name, "model", "--data", data, "--strength", f"{folder}/vote/train.jsonl",
-            "--eval-data", *sets, f"noisy={folder}/vote/noisy.jsonl", "--seed", str(seed), "--eval-every", "0",
-            "--save-every", "0", *flags.split())
+        asks = any(word in flags for word in ("margin", "flip", "drop", "soft", "percentiles"))
+        strength = ["--strength", f"{folder}/vote/train.jsonl"] * asks
+        run("denoise_rm.py", folder / name, "model", "--data", data, *strength, "--eval-data", *sets,
+            f"noisy={folder}/vote/noisy.jsonl", "--seed", str(seed), "--eval-every", "0", "--save-every", "0",
+            *flags.split())
 
 
 # --------------------------------------------------------------------------------------------------------- results

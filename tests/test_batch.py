@@ -176,8 +176,8 @@ def test_flex_attention_is_refused_where_it_fails(flex, tmp_path, tokenizer, mon
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_compiled_layers_trace_whole(dtype, checkpointing, tmp_path, tokenizer, monkeypatch):
     """What a GPU would compile, forwards and backwards, in bf16 under FSDP: the graph of a layer with FlexAttention in
-    it has no break, serves all layers, and is checkpointed if asked for; a second batch of the same width needs no other
-    one."""
+    it has no break, serves all layers, and is checkpointed if asked for; a second batch of the same width needs none
+    of its own."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
     counter, compiling = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compiling(f, **kwargs, backend=counter, fullgraph=True))

@@ -288,7 +288,7 @@ def test_tokenizer_without_eos(tmp_path):
     with pytest.raises(SystemExit, match="EOS"):
         common.load_tokenizer(tmp_path, None)
     (tmp_path / "empty").mkdir()
-    for name, hint in (("empty", "no tokenizer in .*, give one with --tokenizer"), ("nothing", "no folder or file here")):
+    for name, hint in (("empty", "no tokenizer in .*, give one with --tokenizer"), ("none", "no folder or file here")):
         with pytest.raises(SystemExit, match=hint):
             common.load_tokenizer(tmp_path / name, [])
 
