@@ -886,11 +886,13 @@ def save_model(folder, model, tokenizer):
     barrier()  # now every rank may read it
 
 
-def tokens_of(data):
-    """All tokens of a tokenised data set, and the lengths of its rows: arrays that tell it from another."""
-    table = data.select_columns(["prompt_ids", "response_ids", "length"]).with_format("arrow")[:].combine_chunks()
-    columns = [column.combine_chunks() for column in table.columns]
-    return [x.to_numpy() for x in (columns[0].flatten(), columns[1].flatten().flatten(), columns[2])]
+def hash_tokens(data):
+    """A hash of all tokens of a tokenised data set and of the lengths of its rows."""
+    hasher = Hasher()
+    for table in data.select_columns(["prompt_ids", "response_ids", "length"]).with_format("arrow").iter(10_000):
+        prompt, responses, length = (column.combine_chunks() for column in table.columns)
+        hasher.update([x.to_numpy() for x in (prompt.flatten(), responses.flatten().flatten(), length)])
+    return hasher.hexdigest()
 
 
 def say(text):
@@ -931,7 +933,7 @@ class Log:
         Another run that is there is moved aside, never overwritten; the records that a killed run wrote after `step`
         are written anew."""
         self.settings["data_hash"] = Hasher.hash([
-            tokens_of(values) if isinstance(values, datasets.Dataset) else torch.as_tensor(values).cpu().numpy()
+            hash_tokens(values) if isinstance(values, datasets.Dataset) else torch.as_tensor(values).cpu().numpy()
             for values in data])
         if self.old and self.old.get("data_hash") != self.settings["data_hash"]:
             fail(f"the data are not those of the run in {self.folder}: begin another without --resume")
