@@ -294,10 +294,10 @@ if __name__ == "__main__":
             report[key] = {
                 "rows": len(mean), "refused": float((mean < 0).mean()), "agreement": agreement(second),
                 "rank_correlation": rank_correlation(mean, second), "groups": groups(mean, std, second).tolist()}
-            known = np.isfinite(second).any()
-            say(f"{key}: mean strength below 0 in {report[key]['refused']:.3f} of {len(mean):,} rows" + (
-                f"; the second label, where it takes a side, agrees with {report[key]['agreement']:.3f}, its rank "
-                f"correlation with the mean is {report[key]['rank_correlation']:.3f}") * bool(known))
+            notes = {"agreement": "second label, where it takes a side, agrees with",
+                     "rank_correlation": "its rank correlation with the mean is"}
+            say("; ".join([f"{key}: mean strength below 0 in {report[key]['refused']:.3f} of {len(mean):,} rows"] + [
+                f"{note} {report[key][name]:.3f}" for name, note in notes.items() if math.isfinite(report[key][name])]))
         say("\n".join([f"{args.data}, weakest first\nrows up to   mean    std    agreement with the second label"] + [
             "{:8.0%}{:9.3f}{:8.3f}{:8.3f}".format(*group).replace("nan", "  -")
             for group in report["train"]["groups"]]))
