@@ -34,7 +34,7 @@ def test_commands_name_scripts_and_their_flags():
 def test_flags_and_files_exist():
     known = set.union(*map(flags, SCRIPTS)) | {"--help", "--nproc_per_node", "--nnodes", "--rdzv-backend",
                                                    "--rdzv-endpoint"}
-    for path in (ROOT / "tests").glob("bench_*.py"):
+    for path in [*(ROOT / "tests").glob("bench_*.py"), *(ROOT / "tests").glob("claims_*.py")]:
         known |= set(re.findall(r'"(--[a-z-]+)"', path.read_text()))
     assert set(re.findall(r"--[a-z_]+(?:-[a-z]+)*", README)) <= known
     for name in re.findall(r"`((?!runs/)[\w/]+\.(?:py|txt|md))`|\]\((docs/\S+)\)", README):
