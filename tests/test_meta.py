@@ -234,7 +234,7 @@ def test_killed_and_resumed(llama, tmp_path, meta):
     (["--meta-data", "uneven.jsonl"], "uneven.jsonl: the rows have 2 to 5 responses, not all as many"),
     (["--meta-data", "one.jsonl"], "one.jsonl: two rows are the least"),
     (["--meta-data", "column.jsonl"], "column.jsonl: no column 'prompt'"),
-    (["--policy", "nowhere", "--max-new-tokens", "6"], "no tokenizer in nowhere"),
+    (["--policy", "nowhere", "--max-new-tokens", "6"], "nowhere is no folder or file here"),
     (["--policy", "runs/baseline_rm/model", "--max-new-tokens", "6"], "is no language model: lm_head.weight"),
     (["--meta-data", "meta.jsonl", "--eta", "1e30"], "lower --eta or --lr"),
 ])
