@@ -7,6 +7,7 @@ Every seed draws new comparisons, for training and for evaluation, new samples f
 """
 
 import argparse
+import contextlib
 import json
 import random
 import sys
@@ -82,44 +83,48 @@ def prepare(folder, seed):
 LIKE_THE_RUNS = argparse.Namespace(dtype="float32", seed=0, max_length=64, micro_tokens=4096)
 
 
-def work(seed):
-    """All runs of one seed; then what each model makes of the meta data held out (Fig. 16)."""
-    import os
-
+def work(seed, only=None):
+    """All runs of one seed, or those whose (world, method) is in `only`, and what `measure` says of each."""
     import torch
     torch.set_num_threads(1)  # the toy model is too small for two
     sys.path.insert(0, str(ROOT))
-    import common
-    import contrastive_rm
     folder = RUNS / str(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
-    if not Path("shifted.jsonl").exists():
-        prepare(folder, seed)
     sets = [f"{name}=toy:{name},seed={seed}" for name in ("id", "ood", "shifted", "noisy")]
-    for (world, method), (data, flags) in cells().items():
-        script, *flags = flags.split()
-        out = folder / world / method
-        run(script, out, "model", "--data", f"toy:seed={seed}{data}", "--eval-data", *sets, "--seed", str(seed),
-            "--eval-every", "0", "--save-every", "0", *flags)
-        if (out / "more.json").exists():
-            continue
-        tokenizer = common.load_tokenizer(out / "model", None)
-        model = common.load_reward_model(out / "model", tokenizer, torch.device("cpu"), LIKE_THE_RUNS)
-        more = {}
-        for source in ("sft", "shifted"):
-            rows = common.tokenize(common.load_rows(f"{source}.jsonl"), source, tokenizer, 64, ("prompt", "responses"))
-            rows = rows.select(range(len(rows) - max(1, len(rows) // 10), len(rows)))
-            rewards = common.score(model, rows, 4096)
-            i, j = torch.triu_indices(5, 5, 1)
-            gaps = (rewards[:, i] - rewards[:, j]).abs()
-            more[f"{source}/difference"] = gaps.mean().item()
-            more[f"{source}/normalised"] = (gaps / gaps.max()).mean().item()
-        for name in ("id", "shifted"):
-            rows = common.tokenize(common.load_rows(f"toy:{name},seed={seed}"), name, tokenizer, 64)
-            more[f"{name}/overlap"] = contrastive_rm.overlap(
-                common.score(model, rows, 4096, with_features=True)[1])
-        (out / "more.json").write_text(json.dumps(more))
+    with contextlib.chdir(folder):
+        if not Path("shifted.jsonl").exists():
+            prepare(folder, seed)
+        for (world, method), (data, flags) in cells().items():
+            if not only or (world, method) in only:
+                script, *flags = flags.split()
+                out = folder / world / method
+                run(script, out, "model", "--data", f"toy:seed={seed}{data}", "--eval-data", *sets, "--seed", str(seed),
+                    "--eval-every", "0", "--save-every", "0", *flags)
+                if not (out / "more.json").exists():
+                    (out / "more.json").write_text(json.dumps(measure(out / "model", seed)))
+
+
+def measure(path, seed):
+    """What a model makes of the meta data held out (Fig. 16), and how much its features overlap (Fig. 11)."""
+    import torch
+
+    import common
+    import contrastive_rm
+    tokenizer = common.load_tokenizer(path, None)
+    model = common.load_reward_model(path, tokenizer, torch.device("cpu"), LIKE_THE_RUNS)
+    more = {}
+    for source in ("sft", "shifted"):
+        rows = common.tokenize(common.load_rows(f"{source}.jsonl"), source, tokenizer, 64, ("prompt", "responses"))
+        rows = rows.select(range(len(rows) - max(1, len(rows) // 10), len(rows)))
+        rewards = common.score(model, rows, 4096)
+        i, j = torch.triu_indices(5, 5, 1)
+        gaps = (rewards[:, i] - rewards[:, j]).abs()
+        more[f"{source}/difference"] = gaps.mean().item()
+        more[f"{source}/normalised"] = (gaps / gaps.max()).mean().item()
+    for name in ("id", "shifted"):
+        rows = common.tokenize(common.load_rows(f"toy:{name},seed={seed}"), name, tokenizer, 64)
+        more[f"{name}/overlap"] = contrastive_rm.overlap(common.score(model, rows, 4096, with_features=True)[1])
+    return more
 
 
 # --------------------------------------------------------------------------------------------------------- results

@@ -1,8 +1,8 @@
 """The experiments behind the README's tables on ppo_loop.py, in the toy world, with the scripts as they are.
 
-    python tests/claims.py && python tests/claims_meta.py && python tests/claims_ppo.py --jobs 2
+    python tests/claims_ppo.py --jobs 2      run what is missing under runs/claims_ppo, then print the tables
 
-the former two for the reward models, then PPO against them.
+Reward models are those of claims.py and claims_meta.py; where they are missing, they are trained as there.
 Every seed has its comparisons, its voters and reward models, and its own order and samples in PPO.
 """
 
@@ -13,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from claims import FIGURE_8, ROOT, over_seeds, run, show, table, verdict
+import claims as denoising
+import claims_meta
+from claims import FIGURE_8, NOISE, ROOT, over_seeds, run, show, table, verdict
 
 RUNS = Path("runs/claims_ppo")
 RM = ("--epochs 3 --batch-size 32 --lr 5e-4 --max-length 64 --micro-tokens 4096 --eval-every 0 --save-every 0 "
       "--meta-prompts 1000 --max-new-tokens 12 --ascent normalized")
 LONG = "--rounds 1 --iterations 300"
-RACES = {name: f"claims/0.1/{{seed}}/{name}, 1 epochs" for name in FIGURE_8}  # reward models, and where they are
-CONTRASTIVE = {"baseline, 3 epochs": "claims_meta/{seed}/toy/baseline", "SimCSE": "claims_meta/{seed}/toy/SimCSE",
-               "SwAV": "claims_meta/{seed}/toy/SwAV"}
-RACES |= CONTRASTIVE
+DENOISED = {name: f"{name}, 1 epochs" for name in FIGURE_8}  # reward models, and their runs
+CONTRASTIVE = {"baseline, 3 epochs": "baseline", "SimCSE": "SimCSE", "SwAV": "SwAV"}
+RACES = {name: f"claims/{NOISE[0]}/{{seed}}/{cell}" for name, cell in DENOISED.items()}
+RACES |= {name: f"claims_meta/{{seed}}/toy/{cell}" for name, cell in CONTRASTIVE.items()}
 GENTLE = "baseline", "soft targets, S3", *CONTRASTIVE  # also with a KL penalty
 KLS = [*((name, 0) for name in RACES), *((name, 0.2) for name in GENTLE)]
 LOOPS = {
@@ -45,6 +47,8 @@ def work(seed):
     import torch
     torch.set_num_threads(1)  # the toy model is too small for two
     sys.path.insert(0, str(ROOT))
+    denoising.work(seed, NOISE[0], DENOISED.values())
+    claims_meta.work(seed, [("toy", name) for name in CONTRASTIVE.values()])
     common = ["--data", f"toy:seed={seed}", "--seed", str(seed), "--save-every", "0",
               "--eval-data", f"id=toy:id,seed={seed}", f"ood=toy:ood,seed={seed}"]
     for name, kl in KLS:
@@ -147,6 +151,6 @@ def claims(seeds):
 
 
 if __name__ == "__main__":
-    seeds = over_seeds(__doc__, work, 6)
+    seeds = over_seeds(__doc__, work)
     tables(seeds)
     claims(seeds)
