@@ -889,7 +889,7 @@ def save_model(folder, model, tokenizer):
 def hash_tokens(data):
     """A hash of all tokens of a tokenised data set and of the lengths of its rows."""
     hasher = Hasher()
-    for table in data.select_columns(["prompt_ids", "response_ids", "length"]).with_format("arrow").iter(10_000):
+    for table in data.select_columns(["prompt_ids", "response_ids", "length"]).with_format("arrow").iter(1_000):
         prompt, responses, length = (column.combine_chunks() for column in table.columns)
         hasher.update([x.to_numpy() for x in (prompt.flatten(), responses.flatten().flatten(), length)])
     return hasher.hexdigest()

@@ -11,11 +11,10 @@ import pytest
 import torch
 import transformers
 from conftest import settings, shell
-from safetensors.torch import load_file
 
 import common
 import meta_rm
-from test_baseline import kill_when, records, weights
+from test_baseline import ends_alike, finished, records, weights
 
 RUN = "runs/meta_rm"
 
@@ -209,16 +208,10 @@ def test_long_prompts_are_cut_before_sampling(tmp_path, tokenizer):
 def test_killed_and_resumed(llama, tmp_path, meta):
     def start(folder, *more):
         return shell(llama, "meta_rm.py", "--epochs", 30, "--save-every", 60, "--eval-every", 0, "--eta", 0.1,
-                     "--meta-data", "meta.jsonl", "--output-dir", tmp_path / folder, *more, cwd=tmp_path)
+                     "--meta-data", "meta.jsonl", "--output-dir", folder, *more, cwd=tmp_path)
 
-    _, error = (process := start("whole")).communicate()
-    assert process.returncode == 0, error
-    kill_when(tmp_path / "broken/checkpoint-60", start("broken"))
-    _, error = (process := start("broken", "--resume")).communicate()
-    assert process.returncode == 0, error
-    assert records(tmp_path / "broken") == records(tmp_path / "whole")
-    whole, broken = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "broken"))
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    finished(start(tmp_path / "whole"))
+    ends_alike(start, tmp_path / "whole", tmp_path / "broken", "checkpoint-60")
 
 
 @pytest.mark.parametrize("flags, words", [

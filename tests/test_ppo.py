@@ -1,6 +1,7 @@
 """ppo_loop.py: its pieces against plain float64 loops, a bandit with a known optimum, and whole runs."""
 
 import argparse
+import functools
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import transformers
 from conftest import shell
 from safetensors.torch import load_file
-from test_baseline import CLOCK, kill_when
+from test_baseline import CLOCK, ends_alike, finished
 from test_batch import DATA, ROWS, SEPARATES, SHARES, load
 from torch.distributed.tensor import DTensor
 
@@ -306,24 +307,22 @@ def test_two_processes_train_alike(llama, tmp_path, script):
         assert flat(one) == pytest.approx(flat(two), rel=2e-3, abs=1e-5)
 
 
+def two_rounds(llama, folder, *more):
+    return shell(llama, "ppo_loop.py", *SMALL, "--rounds", 2, "--iterations", 10, "--save-every", 4, "--lr", 1e-3,
+                 "--output-dir", folder, *more, cwd=folder.parent)
+
+
+@pytest.fixture(scope="module")
+def whole(llama, tmp_path_factory):
+    """The folder of a run that was left alone."""
+    finished(two_rounds(llama, folder := tmp_path_factory.mktemp("ppo") / "whole"))
+    return folder
+
+
 @pytest.mark.parametrize("sign", ["round-1/rm/meta.jsonl", "checkpoint-4", "round-1/policy"])
-def test_killed_and_resumed(sign, llama, tmp_path):
-    """kill -9 while a reward model trains, in a round, and soon after one; resumed, it ends as if nothing had been."""
-    flags = [*SMALL, "--rounds", 2, "--iterations", 10, "--save-every", 4, "--lr", 1e-3, "--save-every", 4]
-
-    def start(folder, *more):
-        return shell(llama, "ppo_loop.py", *flags, "--output-dir", tmp_path / folder, *more, cwd=tmp_path)
-
-    _, error = (process := start("whole")).communicate()
-    assert process.returncode == 0, error
-    process = start("broken")
-    kill_when(tmp_path / "broken" / sign, process)
-    _, error = (process := start("broken", "--resume")).communicate()
-    assert process.returncode == 0, error
-    assert records(tmp_path / "broken") == records(tmp_path / "whole")
-    for name in ("round-1/rm/model", "round-1/policy", "round-2/rm/model", "round-2/policy"):
-        whole, broken = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "broken"))
-        assert all(torch.equal(whole[key], broken[key]) for key in whole)
+def test_killed_and_resumed(sign, llama, tmp_path, whole):
+    """Killed while a reward model trains, in a round, and soon after one."""
+    ends_alike(functools.partial(two_rounds, llama), whole, tmp_path / "broken", sign)
 
 
 def test_updates_end_at_the_target(script):
