@@ -42,8 +42,7 @@ from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -110,6 +109,7 @@ def setup(seed):
     device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and no two batches have the same
     if WORLD > 1 and not dist.is_initialized():
         waits = datetime.timedelta(days=30)  # for the rank that tokenises, or trains one member more
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=waits)
@@ -211,10 +211,12 @@ def sees(batch):
     return rule
 
 
-def tree_mask(batch):
-    """The whole mask, bool (R, 1, T, T), which any attention takes."""
+def tree_mask(batch, dtype=torch.float32):
+    """The whole mask (R, 1, T, T), which any attention adds to its logits: 0 where a query sees a key, else -inf. Of a
+    bool mask SDPA would make such numbers in every layer, and keep them for the backward pass."""
     row, place = (torch.arange(n, device=batch.tree.device) for n in batch.tree.shape)
-    return sees(batch)(row[:, None, None], None, place[:, None], place)[:, None]
+    seen = sees(batch)(row[:, None, None], None, place[:, None], place)[:, None]
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def separate_rows(batch):
@@ -253,8 +255,9 @@ class RewardModel(nn.Module):
         """The last hidden states at places of any shape."""
         return self.model.base_model(ids, **kwargs).last_hidden_state.flatten(0, 1)[places]
 
-    def read(self, batch, places):
-        """The model at `places` (B, k) or (B, k, L) -> (B, k, [L,] hidden), fp32; B is 0 if the batch has no rows."""
+    def read(self, batch, places, real=None):
+        """The model at `places` (B, k) or (B, k, L) -> (B, k, [L,] hidden), fp32; B is 0 if the batch has no rows. Or
+        at those of them that are `real`, (B, k, L) -> (N, hidden)."""
         ids, positions, device = batch.input_ids, batch.positions, batch.input_ids.device
         if self.layout == "separate":
             order, keep = separate_rows(batch)
@@ -266,8 +269,9 @@ class RewardModel(nn.Module):
             make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
             mask = make(sees(batch), ids.size(0), None, ids.size(1), ids.size(1), device=device)
         else:
-            mask = tree_mask(batch)
+            mask = tree_mask(batch, self.dtype)
         places = places[: len(batch.index)]
+        places = places if real is None else places[real[: len(places)]]
         return self.states(ids, places, attention_mask=mask, position_ids=positions, use_cache=False).float()
 
     def forward(self, batch, with_features=False, every=False):
@@ -381,17 +385,17 @@ def shard(model, device, offload=False):
         policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
         for module in (*layers, *heads, model):
             fully_shard(module, mp_policy=MixedPrecisionPolicy() if module in heads else policy, **shared)
-        for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        if model.ranks > 1:  # one rank has nothing to divide, and would copy its gradients to do so
+            for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
     return model
 
 
-@torch.no_grad()
 def choose_layout(model, name, args, flex):
     """Set `model.layout` by trying it out: packed by FlexAttention if that is asked for, shared prompts if a row of
     max_length gives the features of its separate rows (not so with ALiBi, recurrent layers, or a sliding window shorter
-    than max_length), or else separate rows. Exits if FlexAttention is asked for and fails."""
+    than max_length), or else separate rows. Exits if FlexAttention is asked for and fails, forwards or backwards."""
     vocabulary = model.model.config.get_text_config().vocab_size
     prompt, *responses = np.random.default_rng(0).integers(vocabulary, size=(3, max(1, args.max_length // 2)))
     rows = datasets.Dataset.from_list([{"prompt_ids": prompt, "response_ids": responses}])
@@ -402,7 +406,12 @@ def choose_layout(model, name, args, flex):
             model.model.set_attn_implementation("flex_attention")
         try:
             batch = collate(rows, [0], model.device, pack_width(model, args.micro_tokens))
-            return model(batch, with_features=True)[1], None
+            with torch.set_grad_enabled(layout == "packed"):
+                features = model(batch, with_features=True)[1]
+            if layout == "packed":  # whose backward pass is a kernel of its own
+                features.sum().backward()
+                model.zero_grad()
+            return features.detach(), None
         except Exception as error:
             if isinstance(model, FSDPModule):
                 model.reset_iter_state()  # or some weights would stay gathered, and never be trained
@@ -777,7 +786,7 @@ def micro_batches(data, index, micro_tokens, model):
 
 def pack_width(model, micro_tokens):
     """Packed rows are a multiple of this in length, so that there are few shapes to compile for; 0: do not pack."""
-    return -(-micro_tokens // 4) if model.layout == "packed" else 0
+    return -(-micro_tokens // 8) if model.layout == "packed" else 0
 
 
 def cut(lengths, micro_tokens, ranks):
@@ -836,19 +845,23 @@ def score(model, data, micro_tokens, name="", with_features=False):
 
 # -------------------------------------------------------------------------------------------------- save, resume, log
 def run_state(model, optimizer):
-    """Weights and optimizer state by name, each rank's own shards, and the same as a tree of nothing but tensors."""
+    """Weights and optimizer state by name, each rank's own shards: the tensors themselves, none of them a copy."""
     weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
-    return weights, moments, {"model": weights, "optimizer": {k: v for k, v in moments.items() if torch.is_tensor(v)}}
+    return {"model": weights, "optimizer": {key: x for key, x in moments.items() if torch.is_tensor(x)}}
 
 
-def save_checkpoint(folder, model, optimizer, step):
+def save_checkpoint(folder, model, optimizer, step, file_size=2**30):
     """Write <folder>/checkpoint-<step>, safetensors of every rank's shards, then remove older ones. Data order and
-    all randomness are functions of the seed and the step, so nothing else is needed to go on bit for bit."""
+    all randomness are functions of the seed and the step, so nothing else is needed to go on, on a CPU bit for bit.
+    `file_size`: bytes of tensors in a file, about; while it is written, it is in host memory twice."""
     tmp = Path(folder) / "checkpoint.tmp"
     if RANK == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     barrier()
-    dcp.save(run_state(model, optimizer)[2], storage_writer=HuggingFaceStorageWriter(tmp, save_distributed=True))
+    state, files, size = run_state(model, optimizer), {}, 0
+    for name, tensor in ((f"{part}.{key}", x) for part, tensors in state.items() for key, x in tensors.items()):
+        files[name], size = 1 + size // file_size, size + tensor.numel() * tensor.element_size()
+    dcp.save(state, storage_writer=HuggingFaceStorageWriter(tmp, files, save_distributed=True))
     if RANK == 0:
         older = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
         tmp.rename(Path(folder) / f"checkpoint-{step}")
@@ -868,10 +881,10 @@ def last_checkpoint(folder):
 def load_checkpoint(folder, model, optimizer):
     """Load the newest complete checkpoint, written by any number of ranks; return its step, 0 if there is none."""
     if step := last_checkpoint(folder):
-        weights, moments, tensors = run_state(model, optimizer)
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(Path(folder) / f"checkpoint-{step}"))
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments,
-                       options=StateDictOptions(flatten_optimizer_state_dict=True))
+        state, reader = run_state(model, optimizer), HuggingFaceStorageReader(Path(folder) / f"checkpoint-{step}")
+        saved = reader.read_metadata().state_dict_metadata  # no moments of a weight that never had a gradient
+        state["optimizer"] = {key: x for key, x in state["optimizer"].items() if f"optimizer.{key}" in saved}
+        dcp.load(state, storage_reader=reader)  # in place
     return step
 
 

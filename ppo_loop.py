@@ -154,15 +154,20 @@ class Policy(RewardModel):
         kept = column.unique()
         return self.model(ids, logits_to_keep=kept, **kwargs).logits[row, torch.searchsorted(kept, column)]
 
-    def forward(self, batch, temperature=1.0, with_features=False):
+    def forward(self, batch, temperature=1.0, with_features=False, learn_entropy=False):
         """Batch -> log-probability of each response token under the sampling distribution, and the entropy of that,
-        (B, k, L) each, 0 where there is no token; with_features: None and the logits at the last tokens."""
+        without a graph unless it shall be learnt, (B, k, L) each, 0 where there is no token; with_features: None and
+        the logits at the last tokens."""
         if with_features:
             return None, self.read(batch, batch.ends[:, 1:])
-        (before, place, real), rows = response_tokens(batch), len(batch.index)
-        token, real = batch.input_ids.flatten()[place][:rows, ..., None], real[:rows]
-        logp = torch.log_softmax(self.read(batch, before) / temperature, -1)
-        return logp.gather(-1, token)[..., 0] * real, -(logp.exp() * logp).sum(-1) * real
+        before, place, real = response_tokens(batch)
+        logits = self.read(batch, before, real)  # (tokens, vocabulary), which is what takes the memory here
+        real = real[: len(batch.index)]
+        logp = torch.log_softmax(logits / temperature, -1)
+        chosen = logp.gather(1, batch.input_ids.flatten()[place[: len(real)][real]][:, None])[:, 0]
+        with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+            entropy = -(logp.exp() * logp).sum(1)
+        return tuple(torch.zeros(real.shape, device=x.device).masked_scatter(real, x) for x in (chosen, entropy))
 
     def generate(self, ids, **kwargs):
         """Sample, as `respond` asks for it."""
@@ -483,7 +488,7 @@ if __name__ == "__main__":
             for index in (part for order in orders for part in np.array_split(order, args.minibatches)):
                 count, now = real[index].sum().item(), torch.zeros_like(sums)
                 for batch in micro_batches(judged.rows, index, args.micro_tokens, policy):
-                    logp, entropy = policy(batch, args.temperature)  # (B, k, L)
+                    logp, entropy = policy(batch, args.temperature, learn_entropy=args.entropy > 0)  # (B, k, L)
                     mask = real[batch.index, :, : logp.size(2)]
                     was = {key: x[batch.index, :, : logp.size(2)][mask] for key, x in old.items()}  # (tokens,)
                     logp, entropy = logp[mask], entropy[mask]
@@ -533,7 +538,8 @@ if __name__ == "__main__":
                 save_model(here / "policy", policy, tokenizer)  # last: what says that the round is done
             if args.save_every and (i + 1) % args.save_every == 0 and not ends:
                 save_checkpoint(out, parts, optimizers, step + 1)
-        del policy, critic, reward_model, reference, models, parts, optimizers
+        del policy, critic, reward_model, reference, models, parts, optimizers, optimizer
+        del logp, entropy, loss, value, miss  # whose graphs hold the weights as well
         barrier()
 
     if args.plot and RANK == 0:

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,6 +39,7 @@ if __name__ == "__main__":
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--micro-tokens", type=int, default=8192 if torch.cuda.is_available() else 1024)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3, help="in which the two take turns")
     args = parser.parse_args()
@@ -56,8 +58,8 @@ if __name__ == "__main__":
                     "prompt": prompt, "chosen": answers[0], "rejected": answers[1]}) + "\n" for prompt, answers in rows)
         flags = ["--model", f"{folder}/model.json", "--data", f"{folder}/data.jsonl", "--eval-data", "--batch-size",
                  args.batch_size,
-                 "--epochs", args.steps * args.batch_size / len(rows), "--max-length", 512, "--micro-tokens", 1024,
-                 "--save-every", 0, "--lr", 1e-5, "--eval-every", 0]
+                 "--epochs", args.steps * args.batch_size / len(rows), "--max-length", 512, "--micro-tokens",
+                 args.micro_tokens, "--save-every", 0, "--lr", 1e-5, "--eval-every", 0]
         meta = ["--meta-data", f"{folder}/meta.jsonl", "--meta-batch-size", args.batch_size]
         times = {"baseline_rm.py": [], "meta_rm.py": []}
         for _ in range(args.rounds):

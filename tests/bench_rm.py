@@ -9,8 +9,8 @@
     trl         the same rows by TRL's RewardTrainer with its defaults, where `trl` can be imported
 
 The last three compute in bf16 by autocast, which keeps what passes between the layers in fp32; ours do it by FSDP.
-Prints a Markdown table. Pairs/s: pairs over seconds, optimizer steps included, after one more step that warms up (flex:
-after all of them once, so that every width of a row is compiled).
+Prints a Markdown table. Pairs/s: pairs over seconds, optimizer steps included, after one more step that warms up (on
+CUDA, TRL's aside, after all of them once, so that every shape has its kernels).
 Tokens/s: of pairs with their prompt once, which is what has to be read. Share of the peak: 6 operations for each of
 those tokens and each weight of the layers, over what one large matrix product reaches here. Peak memory: on CUDA.
 """
@@ -18,6 +18,7 @@ those tokens and each weight of the layers, over what one large matrix product r
 import argparse
 import contextlib
 import copy
+import gc
 import sys
 import tempfile
 import time
@@ -29,7 +30,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import (  # noqa: E402
-    RewardModel, clip_gradients, load_rows, load_tokenizer, micro_batches, prepare, setup, step_rows, tokenize)
+    RewardModel, clip_gradients, load_rows, load_tokenizer, micro_batches, one_line, prepare, setup, step_rows,
+    tokenize)
 from transformers import AutoModelForSequenceClassification, LlamaConfig  # noqa: E402
 
 
@@ -85,7 +87,7 @@ def plain(data, config, tokenizer, args, kind):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
     order = np.argsort(data["length"][:]) if kind == "grouped" else np.arange(len(data))
     batches = np.array_split(order, args.steps)
-    warm = batches if kind == "flex" else [batches[len(batches) // 2]]
+    warm = batches if device.type == "cuda" else [batches[len(batches) // 2]]
     seconds = []
     for index in [*warm, *batches]:
         began = time.perf_counter()
@@ -152,12 +154,14 @@ if __name__ == "__main__":
     operations = 6 * np.mean(data["length"]) * sum(p.numel() for p in layers.parameters())  # of a pair
     for name in args.only if device.type == "cuda" else [name for name in args.only if name != "flex"]:
         if device.type == "cuda":
+            gc.collect()  # the model before, whose hooks and graphs hold it
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
             speed[name] = (trl(raw, config, tokenizer, args) if name == "trl"
                            else plain(data, config, tokenizer, args, name))
-        except ImportError:
-            print("trl cannot be imported: left out", file=sys.stderr)
+        except (ImportError, torch.OutOfMemoryError) as error:
+            print(f"{name} is left out: {one_line(error)}", file=sys.stderr)
         memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else "-"
     print(f"\n{config.num_hidden_layers} layers, hidden {config.hidden_size}, batch {args.batch_size}, {args.dtype}, "
           f"{device.type}, {torch.get_num_threads()} threads, at most {args.max_length} tokens, "

@@ -335,6 +335,27 @@ def test_a_folder_of_the_users_stays(script):
     assert names == {"checkpoint-best", "checkpoint-10"}
 
 
+def test_a_checkpoint_in_many_files(llama, tokenizer, tmp_path):
+    """None holds more than it should, and all comes back: weights, moments, steps, also if a weight was never used, as
+    in models that could read images as well."""
+    args = settings()
+    runs = []
+    for _ in range(2):
+        model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), args)
+        runs.append((model, torch.optim.AdamW(model.parameters(), lr=1e-2)))
+    (model, optimizer), (other, fresh) = runs
+    model.model.score.weight.sum().backward()
+    optimizer.step()
+    common.save_checkpoint(tmp_path, model, optimizer, 7, file_size=20_000)
+    sizes = [path.stat().st_size for path in (tmp_path / "checkpoint-7").glob("*.safetensors")]
+    largest = max(w.nbytes for w in model.parameters())
+    assert len(sizes) > 4 and max(sizes) < 20_000 + largest + 10_000  # names and shapes
+    assert common.load_checkpoint(tmp_path, other, fresh) == 7
+    expected, found = (common.run_state(*run) for run in runs)
+    for part in expected:
+        assert all(torch.equal(x, found[part][key]) for key, x in expected[part].items())
+
+
 # ------------------------------------------------------------------------------------------------- processes, kill -9
 def test_two_processes_train_alike(llama, tmp_path, script):
     script("baseline_rm.py", "--output-dir", "one")

@@ -330,9 +330,9 @@ def test_micro_batches(world, budget, layout, monkeypatch):
     assert sorted(np.concatenate([batch.index for batch in batches])) == sorted(index)
     for batch in batches:
         assert (batch.branch >= 0).sum() == lengths[batch.index].sum()  # all that they say, and nothing else
-        if layout == "packed":  # what the longest has to have, rounded up to quarters of the budget
-            quarter = math.ceil(budget / 4)
-            assert batch.tree.numel() <= math.ceil(max(budget, lengths[index].max()) / quarter) * quarter
+        if layout == "packed":  # what the longest has to have, rounded up to eighths of the budget
+            eighth = math.ceil(budget / 8)
+            assert batch.tree.numel() <= math.ceil(max(budget, lengths[index].max()) / eighth) * eighth
         elif len(batch.index) > 1:
             assert batch.tree.numel() <= budget
 

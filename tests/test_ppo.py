@@ -81,6 +81,9 @@ def test_policy_reads_what_separate_rows_say(name, tmp_path, tokenizer):
                                        rtol=0, atol=2e-5)
             torch.testing.assert_close(values[i, j, :n], critic.model.score(hidden)[:, 0], rtol=0, atol=2e-5)
             assert (logp[i, j, n:] == 0).all() and (entropy[i, j, n:] == 0).all()
+    for learnt in (False, True):  # and the graph of an entropy that nobody learns from would take memory
+        logp, entropy = policy(batch, 0.7, learn_entropy=learnt)
+        assert logp.requires_grad and entropy.requires_grad == learnt
 
 
 def test_sampling_in_bf16_leaves_the_weights_sharded(llama, tokenizer):
