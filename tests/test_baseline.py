@@ -358,15 +358,19 @@ def test_a_checkpoint_in_many_files(llama, tokenizer, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- processes, kill -9
 def test_two_processes_train_alike(llama, tmp_path, script):
+    """And one goes on from what two have saved."""
     script("baseline_rm.py", "--output-dir", "one")
-    process = shell(llama, "baseline_rm.py", "--output-dir", "two", ranks=2, cwd=tmp_path)
+    process = shell(llama, "baseline_rm.py", "--save-every", 10, "--output-dir", "two", ranks=2, cwd=tmp_path)
     out, error = process.communicate()
     assert process.returncode == 0, error
     assert out.count("id: accuracy") == 1  # rank 0 speaks
-    for one, two in zip(records("one"), records("two")):
-        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
-    for name, tensor in weights("one").items():
-        torch.testing.assert_close(tensor, weights("two")[name], rtol=0, atol=1e-4)
+    for again in (False, True):
+        for one, two in zip(records("one"), records("two"), strict=True):
+            assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+        for name, tensor in weights("one").items():
+            torch.testing.assert_close(tensor, weights("two")[name], rtol=0, atol=1e-4)
+        if not again:
+            assert "going on after step 10 of 12" in script("baseline_rm.py", "--resume", "--output-dir", "two")
 
 
 def kill_when(sign, process):
