@@ -78,7 +78,8 @@ def settle(args, defaults, eval_data, ranks, taken=()):
         args.eval_data = eval_data.get(args.data.split(":")[0], [])
     names = [*taken, *(pair.partition("=")[0] for pair in args.eval_data if re.match(r"[^:/=]+=", pair))]
     if len(set(names)) < len(taken) + len(args.eval_data):
-        fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE")
+        fail(f"--eval-data {' '.join(args.eval_data)}: give every set a name of its own, as in test=FILE, "
+             "and no / or : in it")
     if not (0 < args.epochs < math.inf and 0 < args.lr < math.inf and 0 < args.clip and 0 <= args.warmup <= 1):
         fail("--epochs, --lr and --clip are above 0, --warmup is between 0 and 1")
     if not 0 <= getattr(args, "center", 0) < math.inf or args.micro_tokens < 1:
@@ -430,7 +431,7 @@ def choose_layout(model, name, args, flex):
     if flex:
         fail(f"--attention flex: {name} cannot read packed rows: {error}; leave it at sdpa")
     model.layout = "separate"
-    say(f"{name} reads the prompt once for each response, which takes longer, and not two in one row: {error}")
+    say(f"{name} cannot read two responses in one row ({error}): it reads the prompt with each, which takes longer")
 
 
 def clip_gradients(model, most):
@@ -442,9 +443,9 @@ def clip_gradients(model, most):
 # --------------------------------------------------------------------------------------------------------------- data
 def load_rows(source, split="train"):
     """`source` -> datasets.Dataset of raw rows. A source is `toy` (`toy:id`, if not to train on), `toy:ood`,
-    `toy:seed=3,flip=0.25` (arguments of `toy_comparisons`); a .jsonl, .json or .parquet file, also with .gz; a folder
-    from save_to_disk; a hub id; the last two with `:split` or `:config:split` where needed. Exits naming the source,
-    and the line, that cannot be read."""
+    `toy:seed=3,flip=0.25` (arguments of `toy_comparisons`); a .jsonl, .json (both also with .gz) or .parquet file; a
+    folder from save_to_disk; a hub id; the last two with `:split` or `:config:split` where needed. Exits naming the
+    source, and the line, that cannot be read."""
     path, *parts = source.split(":")
     try:
         if path == "toy":
@@ -582,8 +583,10 @@ def encode_answers(prompt, answers, tokenizer, max_length):
 
 def encode_row(row, tokenizer, max_length):
     """One raw row -> prompt_ids and response_ids as `encode_answers` makes them; length, the sum of theirs; cut,
-    whether the prompt lost tokens to max_length; dropped, why the row is no use ("": it is)."""
+    whether the prompt lost tokens to max_length; twice, whether some of the answers repeat the prompt, but not all;
+    dropped, why the row is no use ("": it is)."""
     (prompt, answers), ids, cut, dropped = read_row(row), [], False, ""
+    repeats = {isinstance(x, str) and isinstance(prompt, str) and x.startswith(prompt) for x in answers}
     if prompt is None:
         dropped = "different prompts"
     elif not all((answer if isinstance(answer, str) else answer[0]["content"]).strip() for answer in answers):
@@ -596,7 +599,7 @@ def encode_row(row, tokenizer, max_length):
             dropped = "nothing left of the prompt in --max-length"
     prompt, responses = ids if not dropped else ([0], [[0]])
     return {"prompt_ids": prompt, "response_ids": responses, "length": len(prompt) + sum(map(len, responses)),
-            "cut": cut and not dropped, "dropped": dropped}
+            "cut": cut and not dropped, "dropped": dropped, "twice": len(repeats) > 1}
 
 
 def tokenize(rows, source, tokenizer, max_length, wanted=("chosen", "rejected")):
@@ -628,9 +631,10 @@ def tokenize(rows, source, tokenizer, max_length, wanted=("chosen", "rejected"))
                 remove_columns=list({"prompt", "chosen", "rejected", "responses"} & {*rows.column_names}))
     except ValueError as error:
         fail(f"{source}: {' '.join(str(error).split())}")
-    dropped, cut = np.array(done["dropped"][:]), sum(done["cut"][:])
+    dropped, cut, twice = np.array(done["dropped"][:]), sum(done["cut"][:]), sum(done["twice"][:])
     notes = [f"{count:,} dropped: {why}" for why, count in collections.Counter(dropped).items() if why]
     notes += [f"{cut:,} prompts cut"] * (cut > 0)
+    notes += [f"in {twice:,} a part of the responses repeats the prompt: none should, or all"] * (twice > 0)
     say("; ".join([f"{source}: {(dropped == '').sum():,} of {len(rows):,} rows", *notes]))
     if all(dropped):
         fail(f"{source}: none of {len(rows):,} rows can be used")

@@ -136,8 +136,9 @@ def parse_args():
     if len(args.policies) == 1:
         fail(f"--policies {args.policies[0]}: name two or more, to compare with the first")
     for name in ("eval_data", "best_of_n"):
-        if not all("=" in pair.partition(":")[0] for pair in getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} {' '.join(getattr(args, name))}: give every set a name, as in test=FILE")
+        if not all(re.match("[^:/=]+=", pair) for pair in getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} {' '.join(getattr(args, name))}: give every set a name, as in test=FILE, "
+                 "and no / or : in it")
     names = [pair.split("=", 1)[0] for pair in args.eval_data + args.best_of_n]
     if len({*names}) < len(names):
         fail(f"--eval-data and --best-of-n: give every set a name of its own, not {' '.join(names)}")

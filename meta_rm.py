@@ -13,7 +13,8 @@ Every step first climbs it, then learns from the comparisons at the point it got
     theta'   = theta + eta grad J(theta)
     theta   <- theta - alpha grad L(theta')                                  L: Eq. 2; through AdamW, as in the baseline
 
-To first order this is grad L + eta H_L grad J: comparisons count more if learning from them raises J as well.
+To first order this is grad L + eta H_L grad J. Where rewards are linear in the weights, comparisons count less whose
+margin the climb has widened already, and more those whose margin it narrowed.
 
     torchrun meta_rm.py                                                      the toy world; responses of its SFT model
     torchrun --nproc_per_node 8 meta_rm.py --model my-sft-model --policy my-ppo-policy           the second round

@@ -11,7 +11,9 @@ Alleviating Shifted Distribution in Human Preference Alignment through Meta-Lear
 PPO samples responses y to prompts x, token by token, and takes them for episodes whose reward is r, at the last token,
 less a price for leaving the reference (the SFT model); the critic V starts as a copy of r, read before every token:
 
-    R_t     = -beta (log pi(y_t) - log pi_ref(y_t))  [ + r(x, y) at the last token ]
+    R_t     = -beta (log pi(y_t) - log pi_ref(y_t))                         and, at the last token, plus
+              clip( (r(x, y) - mean) / std, -c', c' )                       mean and std of all scores so far; - 1
+                                                                            if the response does not end by itself
     A_t     = sum_l (gamma lambda)^l delta_{t+l},    delta_t = R_t + gamma V_{t+1} - V_t,    G_t = A_t + V_t
     policy    -min( rho A, clip(rho, 1 - c, 1 + c) A ),            rho = pi(y_t) / pi_old(y_t)
     critic    1/2 max( (V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2 )
@@ -92,7 +94,7 @@ def parse_args():
     add("--rm-from", choices=["sft", "last"], default="sft", help="a round's reward model starts from")
     add("--policy-from", choices=["sft", "last"], default="last", help="a round's policy starts from")
     add("--reference", choices=["sft", "last"], default="sft", help="a round's KL is to the SFT or to the last policy")
-    add("--rm-flags", default="", help="more flags of meta_rm.py, in one string")
+    add("--rm-flags", default="", help='more flags of meta_rm.py, in one string: --rm-flags="--ascent normalized"')
     add("--iterations", type=int, help="of a round: roll-outs, then --epochs passes over them")
     add("--epochs", type=int, help="passes over the roll-outs of an iteration")
     add("--minibatches", type=int, default=1, help="optimizer steps in a pass")
@@ -142,6 +144,13 @@ def parse_args():
         fail(f"--model {args.model}: PPO starts from a language model, not from a configuration")
     if args.whiten and args.batch_size * args.rollouts < 2:
         fail("--batch-size 1 --rollouts 1 give one response an iteration, which cannot be whitened: --no-whiten")
+    if args.rounds > 1 or not args.reward_model:  # now, not when hours later a reward model shall be trained
+        given = sys.argv
+        try:
+            train_reward_model(Path(args.output_dir), args.model, args.model, args, check=True)
+        except SystemExit as error:
+            fail(f"--rm-flags '{args.rm_flags}': {str(error).removeprefix('error: ')}")
+        sys.argv = given
     return args
 
 
@@ -373,17 +382,20 @@ def say_samples(when, metrics, samples):
             + f"; for one, {str(row['prompt'])[-60:]!r}: {row['response'][:60]!r}")
 
 
-def train_reward_model(folder, start, policy, args):
+def train_reward_model(folder, start, policy, args, check=False):
     """Run meta_rm.py on the comparisons, with samples of `policy` for its meta set, unless it has been run; -> the
-    model's folder."""
-    if not (folder / "model").exists():
+    model's folder. check: just see whether it takes its flags."""
+    if check or not (folder / "model").exists():
         flags = ["--model", start, "--policy", policy, "--data", args.data, "--eval-data", "--dtype", args.dtype,
                  "--output-dir", folder, "--seed", args.seed, "--max-length", args.max_length, "--max-new-tokens",
                  args.max_new_tokens, "--micro-tokens", args.micro_tokens,
                  *shlex.split(f"{RM_FLAGS[args.model == 'toy']} {args.rm_flags}")]
         flags += ["--eta", 0] * (args.method == "baseline") + ["--gradient-checkpointing"] * args.gradient_checkpointing
         sys.argv = ["meta_rm.py", *map(str, flags), *["--resume"] * (folder / "args.json").exists()]
-        runpy.run_path(str(Path(__file__).with_name("meta_rm.py")), run_name="__main__")
+        path = Path(__file__).with_name("meta_rm.py")
+        script = runpy.run_path(str(path), run_name="meta_rm" if check else "__main__")
+        if check:
+            script["parse_args"]()
     return folder / "model"
 
 
@@ -473,6 +485,7 @@ if __name__ == "__main__":
             real, old = judged.real, {"logp": judged.logp}
             old["value"], _ = by_token(critic, judged.rows, args.micro_tokens, every=True)
             scores, clipped = moments.rescale(judged.scores, args.reward_scaling, args.reward_clip)
+            # UNSTATED: what a response is worth that does not end.
             scores = scores - args.missing_eos_penalty * ~judged.ended
             rewards = token_rewards(scores, judged.logp, judged.reference, real, args.kl)
             old["advantage"] = advantages(rewards, old["value"], real, args.gamma, args.lam)

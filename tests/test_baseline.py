@@ -225,6 +225,7 @@ def refused(script, *flags):
     (["--data", "row.jsonl"], "row.jsonl: row 2: "),
     (["--eval-data", "toy:id"], "--eval-data toy:id: give every set a name of its own"),
     (["--eval-data", "x=toy:id", "x=toy:ood"], "give every set a name of its own"),
+    (["--eval-data", "a/b=toy:id"], "and no / or : in it"),
     (["--eval-data", "x=none.jsonl"], "none.jsonl: no such file"),
     (["--batch-size", "0"], "--batch-size 0 is below 1"),
     (["--data", "same.jsonl:train"], "same.jsonl:train: a file has no splits"),

@@ -400,6 +400,16 @@ def test_toy_splits():
     assert {row["gold"] for row in common.toy_comparisons("noisy", n=200)} == {-1, 0, 1}
 
 
+def test_prompts_that_one_response_alone_repeats_are_counted(tokenizer, capsys):
+    """It may be meant so, as when an answer quotes its question; in all rows of a set it would give the labels away."""
+    answers = ("name two fruits fig", " dog"), ("name two fruits plum", "name two fruits dog"), (" fig", " dog")
+    rows = [{"prompt": "name two fruits", "chosen": text, "rejected": other} for text, other in answers]
+    common.tokenize(Dataset.from_list(rows), "x", tokenizer, 64)
+    assert "in 1 a part of the responses repeats the prompt" in capsys.readouterr().out
+    common.tokenize(Dataset.from_list(rows[1:]), "x", tokenizer, 64)
+    assert "repeats" not in capsys.readouterr().out
+
+
 def test_toy_responses_cover_what_a_policy_can_do():
     rng = common.random.Random(0)
     prompt = "\n\nHuman: name three fruits\n\nAssistant:"

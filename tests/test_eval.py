@@ -530,6 +530,7 @@ def test_two_processes_agree(talkers, run, tmp_path, tokenizer):
     (["--reward-models", "rm", "--eval-data", "x=english.jsonl"], "knows less than half the words"),
     (["--reward-models", "rm", "--eval-data", "x=empty.jsonl"], "empty.jsonl: no rows"),
     (["--reward-models", "rm", "--eval-data", "empty.jsonl"], "give every set a name"),
+    (["--reward-models", "rm", "--eval-data", "a/b=toy:id"], "and no / or : in it"),
     (["--reward-models", "rm", "--eval-data", "x=label.jsonl"], "label.jsonl: row 1: ValueError: its label 'C'"),
     (["--reward-models", "rm", "rm"], "give each a name of its own"),
     (["--reward-models", "rm", "--ensemble"], "name two or more of --reward-models rm"),

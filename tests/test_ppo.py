@@ -338,6 +338,8 @@ def test_updates_end_at_the_target(script):
     (["--missing-eos-penalty", "nan"], "--missing-eos-penalty nan is not 0 or more"),
     (["--batch-size", "1", "--rollouts", "1"], "cannot be whitened: --no-whiten"),
     (["--rounds", "0"], "--rounds 0 is not 1 or more"),
+    (["--rounds", "2", "--reward-model", "rm", "--rm-flags", "--ascent normal"],
+     "--rm-flags '--ascent normal': argument --ascent: invalid choice"),  # before the first round
     (["--max-new-tokens", "64"], "--max-new-tokens below --max-length"),
     (["--prompts", "none.jsonl"], "none.jsonl: no such file"),
     (["--prompts", "bad.jsonl"], "bad.jsonl: row 1: "),

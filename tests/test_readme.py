@@ -96,7 +96,7 @@ def test_the_table_of_files():
 
 def test_files_can_be_read_in_one_sitting():
     most = {"baseline_rm.py": 180, "vote_strength.py": 310, "denoise_rm.py": 310, "contrastive_rm.py": 340,
-            "meta_rm.py": 300, "ppo_loop.py": 550, "eval.py": 920, "common.py": 1090}
+            "meta_rm.py": 300, "ppo_loop.py": 560, "eval.py": 920, "common.py": 1095}
     assert {name for name, lines in most.items() if len((ROOT / name).read_text().splitlines()) > lines} == set()
     assert {*most} == {path.name for path in ROOT.glob("*.py")}
 
