@@ -11,9 +11,8 @@ Alleviating Shifted Distribution in Human Preference Alignment through Meta-Lear
 PPO samples responses y to prompts x, token by token, and takes them for episodes whose reward is r, at the last token,
 less a price for leaving the reference (the SFT model); the critic V starts as a copy of r, read before every token:
 
-    R_t     = -beta (log pi(y_t) - log pi_ref(y_t))                         and, at the last token, plus
-              clip( (r(x, y) - mean) / std, -c', c' )                       mean and std of all scores so far; - 1
-                                                                            if the response does not end by itself
+    R_t     = -beta (log pi(y_t) - log pi_ref(y_t))  [ + z at the last token, less 1 where the response does not end ]
+    z       = clip( (r(x, y) - mean) / std, -c', c' )            mean and std of all scores so far; c' as --reward-clip
     A_t     = sum_l (gamma lambda)^l delta_{t+l},    delta_t = R_t + gamma V_{t+1} - V_t,    G_t = A_t + V_t
     policy    -min( rho A, clip(rho, 1 - c, 1 + c) A ),            rho = pi(y_t) / pi_old(y_t)
     critic    1/2 max( (V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2 )
