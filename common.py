@@ -408,11 +408,11 @@ def choose_layout(model, name, args, flex):
         try:
             batch = collate(rows, [0], model.device, pack_width(model, args.micro_tokens))
             with torch.set_grad_enabled(layout == "packed"):
-                features = model(batch, with_features=True)[1]
+                read = model(batch, with_features=True)[1]
             if layout == "packed":  # whose backward pass is a kernel of its own
-                features.sum().backward()
+                read.sum().backward()
                 model.zero_grad()
-            return features.detach(), None
+            return read.detach(), None
         except Exception as error:
             if isinstance(model, FSDPModule):
                 model.reset_iter_state()  # or some weights would stay gathered, and never be trained
