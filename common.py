@@ -671,6 +671,9 @@ def load_tokenizer(name, rows):
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         spare = tokenizer.unk_token not in (None, tokenizer.eos_token, tokenizer.bos_token)
         tokenizer.add_special_tokens({"pad_token": tokenizer.unk_token if spare else "<|pad|>"})
+    if tokenizer.is_fast:  # as every call leaves it, or what is saved would depend on what was found in the cache
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
 
 

@@ -400,6 +400,17 @@ def test_toy_splits():
     assert {row["gold"] for row in common.toy_comparisons("noisy", n=200)} == {-1, 0, 1}
 
 
+def test_a_tokenizer_comes_as_a_call_leaves_it(tmp_path):
+    """Or what is saved would depend on whether its rows were found in the cache."""
+    tokenizer = common.toy_tokenizer()
+    tokenizer(["name", "name two"], padding=True, truncation=True, max_length=5)
+    tokenizer.save_pretrained(tmp_path / "a")
+    loaded = common.load_tokenizer(tmp_path / "a", None)
+    before = loaded.backend_tokenizer.to_str()
+    loaded("name")
+    assert before == loaded.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str()
+
+
 def test_prompts_that_one_response_alone_repeats_are_counted(tokenizer, capsys):
     """It may be meant so, as when an answer quotes its question; in all rows of a set it would give the labels away."""
     answers = ("name two fruits fig", " dog"), ("name two fruits plum", "name two fruits dog"), (" fig", " dog")
