@@ -272,7 +272,7 @@ class RewardModel(nn.Module):
         else:
             mask = tree_mask(batch, self.dtype)
         places = places[: len(batch.index)]
-        places = places if real is None else places[real[: len(places)]]
+        places = places if real is None else places[real]
         return self.states(ids, places, attention_mask=mask, position_ids=positions, use_cache=False).float()
 
     def forward(self, batch, with_features=False, every=False):

@@ -169,8 +169,8 @@ class Policy(RewardModel):
         if with_features:
             return None, self.read(batch, batch.ends[:, 1:])
         before, place, real = response_tokens(batch)
-        logits = self.read(batch, before, real)  # (tokens, vocabulary), which is what takes the memory here
         real = real[: len(batch.index)]
+        logits = self.read(batch, before, real)  # (tokens, vocabulary), which is what takes the memory here
         logp = torch.log_softmax(logits / temperature, -1)
         chosen = logp.gather(1, batch.input_ids.flatten()[place[: len(real)][real]][:, None])[:, 0]
         with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
