@@ -1,97 +1,70 @@
-"""Rows in every form, broken in every way: never a traceback, never a row lost without a word."""
+"""Rows in every form, broken in every way: refused in one line, dropped and counted, or kept; never a traceback."""
 
-import copy
 import json
 import random
-import re
 from pathlib import Path
 
 import pytest
+from conftest import toy
 
 import common
 
 PROMPT = "\n\nHuman: name two fruits\n\nAssistant:"
-CHAT = [{"role": "user", "content": "name two fruits"}]
+JUNK = [None, "", " ", 0, 3.5, True, [], [None], {}, [[]], [{}], [""], "\n\nHuman:", "\n\nAssistant:", "\x00", "fig " * 99,
+        "é🙂", ["a", "b", "c"], [{"role": "user"}], [{"role": "assistant", "content": None}], {"a": [1]}, [1, 2]]
 
 
-def rows_of(form, rng):
+def make_row(form, rng):
     """A good row in one of the forms."""
-    a, b = (common.toy_response(rng, PROMPT, 0.7) for _ in "ab")
-    said = [[{"role": "assistant", "content": text}] for text in (a, b)]
+    texts = rng.sample([" fig plum", " fig", " dog cat saw", " apple"], 2)
+    chat, pair = [{"role": "user", "content": PROMPT}], [[{"role": "assistant", "content": text}] for text in texts]
     return {
-        "transcript": {"chosen": PROMPT + a, "rejected": PROMPT + b},
-        "prompt": {"prompt": PROMPT, "chosen": a, "rejected": b},
-        "repeated": {"prompt": PROMPT, "chosen": PROMPT + a, "rejected": PROMPT + b},
-        "messages": {"prompt": CHAT, "chosen": said[0], "rejected": said[1]},
-        "conversation": {"chosen": CHAT + said[0], "rejected": CHAT + said[1]},
-        "turns": {"chosen": ["name two fruits", a], "rejected": ["name two fruits", b]},
+        "transcript": {"chosen": PROMPT + texts[0], "rejected": PROMPT + texts[1]},
+        "prompt": {"prompt": PROMPT, "chosen": texts[0], "rejected": texts[1]},
+        "responses": {"prompt": PROMPT, "responses": texts},
+        "messages": {"prompt": chat, "chosen": pair[0], "rejected": pair[1]},
+        "conversation": {"chosen": chat + pair[0], "rejected": chat + pair[1]},
+        "release": {"chosen": ["name two fruits", texts[0]], "rejected": ["name two fruits", texts[1]]},
     }[form]
 
 
-JUNK = [None, "", " ", 0, -1, 3.5, True, [], [None], {}, [[]], [{}], [""], "\n\nHuman:", "\n\nAssistant:", "\x00",
-        "é🙂" * 9, "apple " * 500, ["a", "b", "c"], [{"role": "user"}], [{"role": "assistant", "content": None}],
-        [{"role": "system", "content": "be good"}], {"role": "user", "content": "x"}, [1, 2], {"a": [1]}]
-
-
-def broken(row, rng):
-    """The row with one thing wrong: a key lost, junk at a random depth, sides swapped or made equal."""
-    row = copy.deepcopy(row)
-    key = rng.choice([*row])
-    way = rng.randrange(5)
-    if way == 0:
+def break_row(row, rng):
+    """Lose a key, put junk in the place of a value or of an item in it, or make two values equal."""
+    key, junk, way = rng.choice([*row]), rng.choice(JUNK), rng.choice(["lost", "junk", "item", "equal"])
+    if way == "lost":
         del row[key]
-    elif way == 1:
-        row[key] = copy.deepcopy(rng.choice(JUNK))
-    elif way == 2 and isinstance(row[key], list) and row[key]:
-        place = rng.randrange(len(row[key]))
-        if isinstance(row[key][place], dict) and rng.random() < 0.5:
-            row[key][place]["content"] = copy.deepcopy(rng.choice(JUNK))
-        else:
-            row[key][place] = copy.deepcopy(rng.choice(JUNK))
-    elif way == 3:
-        row["chosen"] = copy.deepcopy(row["rejected"])
+    elif way == "item" and isinstance(row[key], list):
+        row[key][rng.randrange(len(row[key]))] = rng.choice([junk, {"role": "assistant", "content": junk}])
+    elif way == "equal":
+        row[rng.choice([*row])] = row[key]
     else:
-        row[rng.choice(["prompt", "extra", "responses"])] = copy.deepcopy(rng.choice(JUNK))
-    return row
+        row[rng.choice([key, "prompt", "extra"])] = junk
 
 
-@pytest.mark.parametrize("form", ["transcript", "prompt", "repeated", "messages", "conversation", "turns"])
+@pytest.mark.parametrize("form", ["transcript", "prompt", "responses", "messages", "conversation", "release"])
 def test_broken_rows(form, tmp_path, capsys, monkeypatch):
-    """Thirty files of five good rows and a broken one: either all six are accounted for, or one line says what is wrong
-    and where."""
     monkeypatch.chdir(tmp_path)
-    tokenizer, rng, outcomes = common.toy_tokenizer(), random.Random(form), []
+    tokenizer, rng, outcomes = toy.make_tokenizer(), random.Random(form), set()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    for number in range(30):
-        rows = [rows_of(form, rng) for _ in range(5)]
-        rows.insert(rng.randrange(6), broken(rows_of(form, rng), rng))
-        path = Path(f"{number}.jsonl")
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        capsys.readouterr()
+    for i in range(40):
+        name, rows = f"{i}.jsonl", [make_row(form, rng) for _ in range(6)]
+        break_row(rng.choice(rows), rng)
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         try:
-            data = common.tokenize(common.load_rows(str(path)), str(path), tokenizer, 64)
+            data = common.tokenize(common.load_rows(name), name, tokenizer, 64)
+            assert f"{name}: {len(data)} of 6 rows" in capsys.readouterr().out and len(data) >= 5, rows
+            outcomes.add(len(data))
         except SystemExit as error:
-            assert re.match(rf"error: {path}: ", str(error)) and "\n" not in str(error), rows
-            outcomes.append("refused")
-            continue
-        said = capsys.readouterr().out
-        kept, total = (int(x) for x in re.search(r": (\d+) of (\d+) rows", said).groups())
-        lost = sum(int(x) for x in re.findall(r"(\d+) dropped", said))
-        assert total == 6 == kept + lost and len(data) == kept, said
-        outcomes.append("kept" if kept == 6 else "dropped")
-        for row in data:
-            assert all(len(ids) and ids[-1] == tokenizer.eos_token_id for ids in row["response_ids"])
-            assert len(row["prompt_ids"]) + max(map(len, row["response_ids"])) <= 64
-    assert {"refused", "dropped"} <= set(outcomes)  # or the test would not try much
+            assert str(error).startswith(f"error: {name}: ") and "\n" not in str(error), rows
+            outcomes.add("refused")
+    assert {5, "refused"} <= outcomes  # or the test would not try much
 
 
-@pytest.mark.parametrize("junk", [b"", b"\n", b"{", b"[1, 2]\n", b'"x"\n', b"\xff\xfe\x00",
-                                  b'{"chosen": "a"}\n{"chosen": 1}\n',
-                                  b'{"chosen": "a", "rejected": "b"}\nnull\n', b"\x1f\x8b\x00", b'{"a": NaN}\n'])
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.jsonl.gz", "x.parquet"])
-def test_broken_files(junk, name, tmp_path, monkeypatch):
+def test_broken_files(name, tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
-    Path(name).write_bytes(junk)
-    with pytest.raises(SystemExit) as error:
-        common.tokenize(common.load_rows(name), name, common.toy_tokenizer(), 64)
-    assert str(error.value).startswith(f"error: {name}: ") and "\n" not in str(error.value)
+    for junk in (b"", b"\n", b"{", b"[1, 2]\n", b'"x"\n', b"\xff\xfe\x00", b'{"chosen": "a"}\n{"chosen": 1}\n',
+                 b'{"chosen": "a", "rejected": "b"}\nnull\n', b'{"a": NaN}\n', b"\x1f\x8b\x00"):
+        Path(name).write_bytes(junk)
+        with pytest.raises(SystemExit, match=f"^error: {name}: [^\n]*$"):
+            common.tokenize(common.load_rows(name), name, tokenizer, 64)
