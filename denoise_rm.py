@@ -135,7 +135,8 @@ def evaluate(model, sets, micro_tokens):
         metrics.update({f"eval/{name}/{key}": value for key, value in zip(METRICS, means.tolist())})
         accuracy = metrics[f"eval/{name}/accuracy"]
         line.append(f"{name} {accuracy:.3f} ± {1.96 * math.sqrt(accuracy * (1 - accuracy) / len(data)):.3f}")
-    print0(f"accuracy: {', '.join(line)}")
+    if sets:
+        print0(f"accuracy: {', '.join(line)}")
     return metrics
 
 

@@ -48,7 +48,7 @@ from common import (
     load_pretrained, load_reward_model, load_rows, load_tokenizer, log, micro_batches, named_source, number, open_run,
     prepare, print0, read_row, save_checkpoint, save_model, score, setup, to_ids)
 
-TOY_DEFAULTS = {  # replace those of the flags when the reward model is docs/toy/reward_model
+TOY_DEFAULTS = {  # replace those of the flags when --model or --reference is docs/toy/model
     "data": "docs/toy/train.jsonl", "gold": "docs/toy/make.py", "iterations": 100, "epochs": 2, "batch_size": 16,
     "lr": 1e-3, "critic_lr": 1e-3, "max_length": 64, "max_new_tokens": 12, "rollout_batch_size": 64, "eval_every": 50,
     "save_every": 50, "temperature": 1.0, "kl_coef": 0.2, "reward_clip": 0.0,
@@ -104,7 +104,8 @@ def parse_args():
     add("--clip-range", type=number(float, 0), default=0.2, help="clip range of the policy ratio")
     add("--clip-range-value", type=number(float, 0), default=0.2, help="clip range of the change in value; 0: none")
     add("--whiten-advantages", action=argparse.BooleanOptionalAction, default=True, help="to mean 0 and std 1")
-    if parser.parse_known_args()[0].reward_model == "docs/toy/reward_model":
+    known = parser.parse_known_args()[0]
+    if "docs/toy/model" in (known.model, known.reference):
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
 
@@ -405,8 +406,7 @@ if __name__ == "__main__":
                 new_values = read_values(critic, batch, args.max_new_tokens)[real]
                 critic_loss, value_clipped = value_loss(new_values, old_values, target, args.clip_range_value)
                 (critic_loss.sum() / count).backward()
-                log_ratio = new_logp - old_logp
-                approx_kl = log_ratio.exp() - 1 - log_ratio
+                approx_kl = (new_logp - old_logp).expm1() - (new_logp - old_logp)
                 sums += torch.stack([x.detach().sum() for x in (loss, critic_loss, approx_kl, clipped, value_clipped)])
             dist.all_reduce(sums)
             names = "policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction"

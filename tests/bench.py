@@ -45,7 +45,7 @@ def parse_args():
     add("--batch-size", type=int, default=16, help="comparisons per step")
     add("--max-length", type=int, default=512, help="maximum length of prompt plus response in tokens")
     add("--micro-batch-tokens", type=int, default=8192 if CUDA else 1024, help="of `ours`")
-    add("--micro-batch-size", type=int, default=16 if CUDA else 2, help="comparisons; must divide --batch-size")
+    add("--micro-batch-size", type=int, default=16 if CUDA else 1, help="comparisons; divides --batch-size")
     add("--hidden-size", type=int, default=512, help="a multiple of 64")
     add("--layers", type=int, default=6)
     add("--dtype", default="bfloat16" if CUDA else "float32", choices=["float32", "bfloat16"])
@@ -127,7 +127,6 @@ if __name__ == "__main__":
     batches = np.split(np.arange(len(data)), args.steps)
     grouped = np.split(np.argsort([max(map(len, pair)) for pair in pairs], kind="stable"), args.steps)
     warmup, tokens, peak = args.steps if CUDA else 1, np.mean(data["length"]), measure_peak(args.dtype, device)
-
     memory, seconds = {}, {name: [] for name in args.only}
     for name in [*args.only] * args.reps:
         order = grouped if "grouped" in name else batches

@@ -62,9 +62,9 @@ def test_chat_forms(form):
 
 
 def test_read_row():
-    turns = ["name two fruits", "apple", "name two tools"]  # the authors' release: who speaks counts from the end
+    turns = ["apple", "name two tools"]  # the authors' release, where the last turn is always the assistant's
     prompt, responses = common.read_row({"chosen": [*turns, "saw axe"], "rejected": [*turns, "saw"]})
-    assert prompt == "\n\nHuman: name two fruits\n\nAssistant: apple\n\nHuman: name two tools\n\nAssistant:"
+    assert prompt == "\n\nAssistant: apple\n\nHuman: name two tools\n\nAssistant:"
     assert responses == [" saw axe", " saw"]
     row = {"prompt": "name", "chosen": "name two", "rejected": "dog"}  # one response just quotes
     assert common.read_row(row) == ("name", ["name two", "dog"])
