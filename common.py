@@ -9,7 +9,6 @@ One data structure serves every method: a prompt with k responses (a comparison 
 
 import argparse
 import atexit
-import itertools
 import json
 import math
 import os
@@ -26,7 +25,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from datasets.fingerprint import Hasher
-from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -74,7 +72,9 @@ def setup(seed):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
         atexit.register(dist.destroy_process_group)
     transformers.utils.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
     if RANK > 0 or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
     return torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
@@ -106,7 +106,7 @@ def load_rows(source, split="train"):
 def transcript(turns):
     """Turns without names, the last one the assistant's -> '\\n\\nHuman: ...\\n\\nAssistant: ...'."""
     speakers = ["Assistant" if (len(turns) - i) % 2 else "Human" for i in range(len(turns))]
-    return "".join(f"\n\n{speaker}: {turn}" for speaker, turn in zip(speakers, turns))
+    return "".join(f"\n\n{speaker}: " + turn for speaker, turn in zip(speakers, turns))
 
 
 def read_row(row):
@@ -127,8 +127,9 @@ def read_row(row):
         return heads[0] if heads[0] == heads[1] else None, [messages[-1:] for messages in pair]
     if isinstance(pair[0], list):  # the authors' release
         pair = [transcript(turns) for turns in pair]
-    if prompt:  # which texts may repeat
-        return prompt, [text.removeprefix(prompt) for text in pair]
+    if prompt:
+        both_repeat_it = all(text.startswith(prompt) for text in pair)
+        return prompt, [text.removeprefix(prompt) for text in pair] if both_repeat_it else pair
     heads, marks, responses = zip(*(text.rpartition("\n\nAssistant:") for text in pair))
     if not all(marks):
         raise ValueError("no 'prompt', and 'chosen' and 'rejected' have no '\\n\\nAssistant:' turn")
@@ -136,8 +137,9 @@ def read_row(row):
 
 
 def to_ids(texts, tokenizer, is_chat):
-    """Texts -> lists of token ids with the tokenizer's BOS, or that which the chat template wrote, and without EOS."""
-    rows = tokenizer(texts, add_special_tokens=not is_chat).input_ids
+    """Texts -> lists of token ids with one BOS, where the tokenizer or the chat template has one, and without EOS."""
+    bos, rows = tokenizer.bos_token_id, tokenizer(texts, add_special_tokens=not is_chat).input_ids
+    rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]  # the text brought one as well
     return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in rows]
 
 
@@ -145,11 +147,10 @@ def encode(prompt, responses, tokenizer, max_length):
     """A prompt and k responses, texts or lists of messages -> prompt_ids, k response_ids that end in one EOS, and
     whether the prompt was truncated. The prompt is what the tokens of the k full texts begin with. If a text is longer
     than `max_length`, it loses its oldest tokens, but not the BOS; it is [] if nothing is left."""
-    is_chat = isinstance(prompt, list)
     texts = [prompt + response for response in responses]
-    if is_chat:
+    if isinstance(prompt, list):
         texts = [tokenizer.apply_chat_template(messages, tokenize=False).rstrip() for messages in texts]
-    ids = [[*x, tokenizer.eos_token_id] for x in to_ids(texts, tokenizer, is_chat)]
+    ids = [[*x, tokenizer.eos_token_id] for x in to_ids(texts, tokenizer, is_chat=isinstance(prompt, list))]
     length = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)  # a response keeps its EOS
     start = 1 if ids[0][0] == tokenizer.bos_token_id else 0
     # UNSTATED: the paper is silent about long rows; the authors' code skips those whose last turn alone is too long.
@@ -158,10 +159,10 @@ def encode(prompt, responses, tokenizer, max_length):
     return ids[0][:start] + rest if rest else [], [x[length:] for x in ids], surplus > 0
 
 
-def tokenize(rows, source, tokenizer, max_length):
-    """Raw rows -> data set with prompt_ids, response_ids, length (tokens of a row with a shared prompt), row (number of
-    the raw row) and the other raw columns. Rows that cannot be used are dropped and counted. Exits if a row has no
-    known form, if no row can be used, or if the tokenizer does not know the words."""
+def tokenize(rows, source, tokenizer, max_length, k=2):
+    """Raw rows -> data set with prompt_ids, response_ids, length (tokens, the prompt once), row (number of the raw row)
+    and the other raw columns. Rows that cannot be used are dropped and counted. Exits if a row has no known form, if
+    none can be used or not all have k responses (None: equally many), or if the tokenizer does not know the words."""
     def encode_row(row, number):
         prompt_ids, response_ids, truncated = [], [], False
         try:
@@ -191,6 +192,8 @@ def tokenize(rows, source, tokenizer, max_length):
     print0(f"{source}: {len(data):,} of {len(rows):,} rows, {sum(data['truncated'][:]):,} prompts truncated")
     if len(data) == 0:
         fatal(f"{source}: no usable row: each has two prompts, an empty response, equal responses, or is too long")
+    if {len(responses) for responses in data["response_ids"][:]} != {k or len(data[0]["response_ids"])}:
+        fatal(f"{source}: not every row has {k or 'as many'} responses")
     if np.mean(np.concatenate(data[:100]["prompt_ids"]) == tokenizer.unk_token_id) > 0.5:
         fatal(f"{source}: the tokenizer knows less than half of the words: give a --model for such text")
     return data
@@ -265,7 +268,7 @@ def batch_indices(n, batch_size, seed, step):
 
 
 def micro_batches(data, index, micro_tokens, model):
-    """Yield this rank's rows of `index`, longest first, as Batches of at most `micro_tokens` padded tokens (or one row),
+    """Yield this rank's rows of `index`, longest first, as Batches of at most `micro_tokens` padded tokens or one row,
     as many on every rank. Rows join while that pads less than an eighth of a batch, the cost of one more pass."""
     lengths = np.array(data.select_columns(["length"])[index]["length"])
     order = np.argsort(-lengths, kind="stable")
@@ -277,7 +280,7 @@ def micro_batches(data, index, micro_tokens, model):
         order = order[count:]
 
 
-class RewardModel(nn.Module):
+class RewardModel(torch.nn.Module):
     """A Hugging Face sequence classifier with one label, read at the last token of each response. Weights, scores and
     features are fp32, FSDP computes in `dtype`, and `share` says whether rows share a prompt (see `Batch`)."""
     def __init__(self, model, dtype, device):
@@ -287,8 +290,7 @@ class RewardModel(nn.Module):
     def inputs(self, batch):
         """The arguments of a transformers decoder for a batch in either layout."""
         mask = tree_mask(batch.segments, self.dtype) if self.share else (batch.segments >= 0).long()
-        return {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": batch.position_ids,
-                "use_cache": False}
+        return dict(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
 
     def forward(self, batch, at=None, with_features=False):
         """Batch -> rewards (B, k); with_features: also the hidden states (B, k, hidden) that the head reads. `at`:
@@ -316,7 +318,7 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
     head seeded by args.seed. Exits on anything but a decoder with a linear `score` head of one label."""
     torch.manual_seed(args.seed)
     model, missing = load_pretrained(AutoModelForSequenceClassification, name, flag, num_labels=1)
-    if model.config.is_encoder_decoder or not isinstance(getattr(model, "score", None), nn.Linear):
+    if model.config.is_encoder_decoder or not isinstance(getattr(model, "score", None), torch.nn.Linear):
         fatal(f"{flag} {name}: {type(model).__name__} is not a decoder with a linear `score` head")
     if missing and (flag != "--model" or missing != {"score.weight"}):
         fatal(f"{flag} {name} is no reward model: its files lack {', '.join(sorted(missing))}")
@@ -324,7 +326,7 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
     if args.max_length > (getattr(config, "max_position_embeddings", None) or math.inf):
         fatal(f"--max-length {args.max_length}: {flag} {name} has {config.max_position_embeddings} positions")
     if missing:  # UNSTATED: the paper gives no init of the head; this is the usual one
-        nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+        torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
@@ -358,8 +360,7 @@ def prepare(model, args):
 
 @torch.no_grad()
 def can_share_prompts(model, max_length):
-    """Whether a model can read two responses behind one prompt: it must give the features of separate rows, which
-    ALiBi, recurrent layers and short sliding windows do not."""
+    """Whether two responses behind one prompt get the features of separate rows; not with ALiBi or recurrent layers."""
     vocab_size, features = model.model.config.get_text_config().vocab_size, []
     prompt, *responses = np.random.default_rng(0).integers(vocab_size, size=(3, max(1, max_length // 2)))
     data = datasets.Dataset.from_dict({"prompt_ids": [prompt], "response_ids": [responses]})
@@ -367,19 +368,19 @@ def can_share_prompts(model, max_length):
         for model.share in (False, True):
             features.append(model(collate(data, [0], model.device, model.share), with_features=True)[1])
         error = (features[1] - features[0]).norm() / features[0].norm()  # rounding: 1e-6, in bf16 0.01; else about 1
-        problem = f"off by {error:.1%}" if error > (1e-3 if model.dtype == torch.float32 else 0.05) else ""
-    except Exception as error:
+    except Exception:
+        error = math.inf
         if isinstance(model, FSDPModule):
             model.reset_iter_state()  # or some weights would stay gathered
-        problem = repr(error)
-    if problem:
-        print0(f"this model cannot share prompts ({problem}): it reads a row for each response, which takes longer")
-    return not problem
+    if error < (1e-3 if model.dtype == torch.float32 else 0.05):
+        return True
+    print0("this model cannot share prompts: it reads a row for each response, which takes longer")
+    return False
 
 
 def clip_gradients(model, max_norm):
     """Scale the gradients, whose shards lie on all ranks, to a norm of at most `max_norm`; -> the norm before."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
@@ -410,7 +411,7 @@ def atomic_write(path, text):
 def run_state(model, optimizer):
     """{"model": ..., "optimizer": ...}, tensors by name: each rank's own shards, not copies; tied weights once."""
     weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
-    names = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     return {"model": {name: x for name, x in weights.items() if name in names},
             "optimizer": {name: x for name, x in moments.items() if torch.is_tensor(x)}}
 
@@ -443,7 +444,6 @@ def save_model(folder, model, tokenizer):
         model.model.save_pretrained(folder, state_dict={k.removeprefix("model."): x for k, x in weights.items()})
         tokenizer.save_pretrained(folder)
     dist.barrier()
-    print0(f"saved {folder}")
 
 
 def open_run(args, inputs, may_change=()):
@@ -463,7 +463,7 @@ def open_run(args, inputs, may_change=()):
     dist.barrier()
     if RANK == 0:
         if path.exists() and not old:
-            aside = next(x for x in (Path(f"{folder}.{i}") for i in itertools.count(1)) if not x.exists())
+            aside = next(x for x in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not x.exists())
             print0(f"{folder} holds an earlier run, which is now {folder.rename(aside)}")
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(settings, indent=1))

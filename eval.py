@@ -79,8 +79,11 @@ def parse_args():
         help="dtype of the computation; rewards are always float32")
     parser.set_defaults(seed=0, gradient_checkpointing=False, offload=False)
     args = parser.parse_args()
-    if bool(args.reward_models) != bool(args.eval_data) or not args.reward_models + args.policies:
-        fatal("nothing to evaluate: give --reward-models and --eval-data, or --policies")
+    if not args.reward_models + args.policies + args.eval_data:  # the toy world
+        args.reward_models = [("toy", "docs/toy/reward_model")]
+        args.eval_data = [(name, f"docs/toy/{name}.jsonl") for name in ("id", "ood", "shifted", "noisy")]
+    if bool(args.reward_models) != bool(args.eval_data):
+        fatal("--reward-models and --eval-data go together")
     for pairs in (args.reward_models, args.eval_data, args.policies):
         if len(dict(pairs)) < len(pairs):
             fatal(f"give each a name of its own, as in NAME={pairs[0][1]}: {', '.join(name for name, _ in pairs)}")
@@ -89,7 +92,6 @@ def parse_args():
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------- data
 def load_set(source, gold):
     """-> raw rows; list of (prompt, responses); and for each how many of the responses are right (they come first), or
     their true scores (k,). Both lists are None for comparisons, which `tokenize` reads. Exits naming a bad row."""
@@ -155,7 +157,6 @@ def as_text(message):
     return "\n\n".join(x["content"] if len(message) == 1 else f"{x['role']}: {x['content']}" for x in message)
 
 
-# ------------------------------------------------------------------------------------------------------ reward models
 def load_model(name, flag, device, args):
     """-> RewardModel and tokenizer. Without --max-length, the first model sets it to what it reads, at most 2048."""
     tokenizer = load_tokenizer(name)
@@ -177,15 +178,14 @@ def score_responses(model, tokenizer, items, source, args):
             fatal(f"{source}: row {i + 1}: {error!r}")
         rewards.append(np.full(len(responses), math.nan))
         if prompt_ids:
-            distinct = list(dict.fromkeys(map(tuple, response_ids)))  # equal ones would differ by rounding, and not tie
-            length = len(prompt_ids) + sum(map(len, distinct))
-            example = {"prompt_ids": prompt_ids, "response_ids": distinct, "length": length}
-            place = [distinct.index(tuple(ids)) for ids in response_ids]
-            groups.setdefault(len(distinct), []).append((i, place, example))
+            length = len(prompt_ids) + sum(map(len, response_ids))
+            example = {"prompt_ids": prompt_ids, "response_ids": response_ids, "length": length}
+            first = [response_ids.index(ids) for ids in response_ids]  # equal ones would differ by rounding
+            groups.setdefault(len(responses), []).append((i, first, example))
     for group in groups.values():  # `score` wants equally many responses in all rows
         data = datasets.Dataset.from_list([example for _, _, example in group])
-        for (i, place, _), values in zip(group, score(model, data, args.micro_batch_tokens).numpy()):
-            rewards[i][:] = values[place]
+        for (i, first, _), values in zip(group, score(model, data, args.micro_batch_tokens).numpy()):
+            rewards[i][:] = values[first]
     return rewards
 
 
@@ -242,7 +242,7 @@ def measure_margins(margins, rows):
         right = np.where(np.isnan(margins * sign), math.nan, margins * sign > 0)
         metrics.update({**interval("accuracy_second", right), **interval("accuracy_agreeing", right[sign == 1])})
     if STRENGTH in rows.column_names:  # Figs. 27 and 28
-        strength = np.array([x if isinstance(x, float) else math.nan for x in rows[STRENGTH]])
+        strength = np.array([x if isinstance(x, (int, float)) else math.nan for x in rows[STRENGTH]])
         order = np.argsort(strength)[: np.isfinite(strength).sum()]  # NaN comes last
         for i, segment in enumerate(np.array_split(order, 20), 1):
             correct = np.where(np.isnan(margins), math.nan, margins > 0)[segment]
@@ -295,7 +295,6 @@ def evaluate(model, tokenizer, data, firsts, args):
              **metrics}, *records]
 
 
-# ----------------------------------------------------------------------------------------------------------- policies
 def self_bleu(texts, n):
     """Mean BLEU-n of each text against all others (arXiv 1802.01886): n-grams of words up to n or the text's length; an
     order without a match counts as half a match. Texts without words are left out. Lower is more diverse."""
@@ -316,7 +315,7 @@ def self_bleu(texts, n):
     for i, length in enumerate(lengths):
         nearest = min(lengths[:i] + lengths[i + 1 :], key=lambda x: (abs(x - length), x), default=length)
         values.append(math.exp(np.mean(log_precisions[i]) + min(0.0, 1 - nearest / length)))
-    return np.mean(values) if len(values) > 1 else math.nan
+    return np.mean(values) if len(values) > 1 else None
 
 
 def ask_server(texts, args):
@@ -383,8 +382,8 @@ def compare_policies(items, scores, device, args):
 def markdown(records):
     """Records -> a Markdown table for each value of their `table`; x and x_half become one column, mean ± half."""
     def cell(record, key):
-        value = record.get(key, "-")
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        value = record.get(key)
+        text = f"{value:.3f}" if isinstance(value, float) else str("-" if value is None else value)
         return f"{text} ± {record[f'{key}_half']:.3f}" if f"{key}_half" in record else text
 
     lines = []
@@ -398,10 +397,7 @@ def markdown(records):
 
 def plot(path, records):
     """One figure with up to four panels for each set, a line for each model."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        fatal(f"--plot: {error}")
+    from matplotlib import pyplot
     records = [record for record in records if record["table"] in PANELS]
     panels = list(dict.fromkeys((record["set"], record["table"]) for record in records))
     num_rows = math.ceil(len(panels) / 4)
@@ -409,6 +405,8 @@ def plot(path, records):
     for i, panel in enumerate(panels, 1):
         x, y = PANELS[panel[1]]
         axis = figure.add_subplot(num_rows, 4, i, title=panel[0], xlabel=x, ylabel=y)
+        if panel[1] == "reward models":
+            axis.tick_params("x", rotation=20)
         if panel[1] == "calibration":
             axis.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.5)
         for model in dict.fromkeys(record["model"] for record in records):
@@ -426,9 +424,11 @@ if __name__ == "__main__":
     try:
         if args.gold:
             gold = runpy.run_path(args.gold)["gold"]
+        if args.plot:
+            import matplotlib.pyplot  # or it is missed after hours
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except Exception as error:
-        fatal(f"--gold {args.gold} or --output-dir {args.output_dir}: {error!r}")
+        fatal(f"--gold {args.gold}, --plot or --output-dir {args.output_dir}: {error!r}")
     sets = {name: (source, *load_set(source, gold)) for name, source in args.eval_data}
     items, scores = load_policies(args.policies, gold)
 

@@ -139,9 +139,9 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(args.model)
     train = tokenize(load_rows(args.data), args.data, tokenizer, args.max_length)
     sets = load_sets(args.eval_data, tokenizer, args.max_length)
-    meta = tokenize(load_rows(args.meta_data), args.meta_data, tokenizer, args.max_length)
-    if len(meta) < 2 or len({len(responses) for responses in meta["response_ids"][:]}) > 1:
-        fatal(f"--meta-data {args.meta_data}: it needs two rows or more, with equally many responses each")
+    meta = tokenize(load_rows(args.meta_data), args.meta_data, tokenizer, args.max_length, k=None)
+    if len(meta) < 2:
+        fatal(f"--meta-data {args.meta_data}: it needs two rows or more")
     split = math.floor(0.9 * len(meta))
     meta, held_out = meta.select(range(split)), meta.select(range(split, len(meta)))
     model = load_reward_model(args.model, tokenizer, device, args)

@@ -35,7 +35,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }}{{
 
 
 def tokenize(rows, tokenizer, max_length=64):
-    return common.tokenize(Dataset.from_list(rows), "x.jsonl", tokenizer, max_length)
+    return common.tokenize(Dataset.from_list(rows), "x.jsonl", tokenizer, max_length, k=None)
 
 
 def words(tokenizer, ids):

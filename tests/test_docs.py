@@ -26,12 +26,11 @@ TEXTS, DOCS = read("*.py", "docs/**/*.py", "tests/*.py"), read("README.md", "doc
 
 
 def commands():
-    """The shell commands of the documents (indented or fenced) and of the scripts' docstrings that start a .py file:
-    (document, file, its arguments)."""
+    """The shell commands of the documents and of docstrings that start a .py file: (document, file, its arguments)."""
     docstrings = {name: ast.get_docstring(ast.parse(text), clean=False) or "" for name, text in TEXTS.items()}
     for document, text in {**DOCS, **docstrings}.items():
         for line in re.sub(r"\\\n", " ", text).splitlines():
-            if not re.match(r"(    .*)?\b(python|torchrun) ", line) or "git checkout" in line:
+            if not re.match(r" *(for .*)?(python|torchrun) ", line) or "git checkout" in line:
                 continue
             for name, rest in re.findall(r"(?:python|torchrun) [^;&|]*?([\w/]+\.py)([^;&|]*)", line):
                 rest = re.split(r"   |  #", rest)[0]  # what follows is a comment

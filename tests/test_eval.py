@@ -144,7 +144,7 @@ def test_reward_models(run, reward_models):
     lists, choices = [], []
     for i, row in enumerate(toy.make_comparisons("noisy", 12)):
         prompt, right, wrong = row["prompt"], [row["chosen"]], [row["rejected"], " saw"]
-        lists.append({"prompt": prompt, "chosen": right, "rejected": wrong[: 1 + i % 2], "kind": i % 2})
+        lists.append({"prompt": prompt, "chosen": right, "rejected": wrong[: 1 + i % 2], "kind": i // 9})
         choices.append({"prompt": prompt, "responses": right + wrong, "scores": [2, 1, 0]})
     flags = ["--reward-models", reward_models[0], f"b={reward_models[1]}", "--by", "kind", "--plot", "--eval-data",
              f"noisy={data('noisy', 30)}", f"lists={write_rows('lists.jsonl', lists)}",
@@ -156,7 +156,7 @@ def test_reward_models(run, reward_models):
     assert Path("runs/eval/eval.png").read_bytes()[1:4] == b"PNG"
     one = json.loads(Path("runs/eval/eval.json").read_text())
     parts = [x["accuracy"] for x in one if x["table"] == "by column" and x["model"] == "first0"]
-    assert len(parts) == 2 and np.mean(parts) == pytest.approx(listed["accuracy"])
+    assert len({*parts}) == 2 and np.average(parts, weights=[9, 3]) == pytest.approx(listed["accuracy"])
     assert [x["score"] for x in one if x["model"] == "oracle"] == pytest.approx([1, 5 / 3, 2])  # of n = 1, 2, 3
     start = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     subprocess.run([sys.executable, *start, str(ROOT / "eval.py"), *flags], check=True, capture_output=True)
@@ -216,12 +216,12 @@ def test_server(run, policies, monkeypatch):
     ("--policies a=said b=others GOLD", "others.jsonl: row 2"), ("--policies a=said b=one GOLD", "one.jsonl: row 2"),
     ("--policies a=bare b=bare GOLD", "row 1"), ("--policies a=said b=said --judge http://[::1]:9", "http://[::1]:9"),
     ("RM x=said", "said.jsonl: row 1"), ("RM x=scores", "scores.jsonl: row 2"), ("RM x=lists", "lists.jsonl: row 1"),
-    ("RM x=bare --prompt-format chat", "bare.jsonl: row 1"), ("RM x=said --reward-models x/rm rm", "rm")])
+    ("RM x=nulls", "nulls"), ("RM x=bare --prompt-format chat", "bare"), ("RM x=said --reward-models x/rm rm", "rm")])
 def test_bad_input(flags, named, run, reward_models):
     Path("rm").symlink_to(reward_models[0])
     one, two = ({"prompt": row["prompt"], "responses": ["a", "b"]} for row in toy.make_comparisons("id", 2))
     files = {"said": [one, two], "others": [one, one], "one": [one], "bare": [{**one, "prompt": "q", "scores": [0, 1]}],
-             "scores": [{**one, "scores": scores} for scores in ([1, 2], [1])],
+             "scores": [{**one, "scores": scores} for scores in ([1, 2], [1])], "nulls": [{**one, "scores": [1, None]}],
              "lists": [{"prompt": "q", "chosen": ["a"], "rejected": "b"}]}
     for name, rows in files.items():
         flags = flags.replace(f"={name}", "=" + write_rows(f"{name}.jsonl", rows))
