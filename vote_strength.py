@@ -143,6 +143,7 @@ def print_groups(mean, std, label, num_groups=20):
     """Figs. 2 and 3 as a table: sort by mean strength, cut into equal groups, print the means of mean and std, and how
     often a second label (1: chosen, 0: rejected, anything else: neither) agrees with the first."""
     print0("training set, weakest first\n  rows up to    mean     std   second label agrees")
+    num_groups = min(num_groups, len(mean))
     groups = np.array_split(np.argsort(mean, kind="stable"), num_groups)
     for i, group in enumerate(groups, 1):
         sides = [value for value in label[group] if value in (0, 1)]

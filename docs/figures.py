@@ -50,11 +50,9 @@ def draw_strength(axes):
     center, right = np.arange(2.5, 100, 5), [100 * part[part >= 0].mean() for part in np.array_split(gold, 20)]
     axes[1].bar(center, right, 4.4)
     axes[1].axhline(50, color="black", linewidth=0.8)
-    axes[1].set(title="The weakest labels are mostly wrong", xlabel="pairs sorted by strength, %",
-                ylabel="labels that are right, %")
+    axes[1].set(title="The weakest labels are mostly wrong", xlabel="pairs by strength, %", ylabel="right labels, %")
     axes[2].plot(center, [group.mean() for group in np.array_split(std, 20)], "o-")
-    axes[2].set(title="Voters disagree most at the ends", xlabel="pairs sorted by strength, %",
-                ylabel="std of the ten margins")
+    axes[2].set(title="Voters disagree most at the ends", xlabel="pairs by strength, %", ylabel="std of the margins")
 
 
 def draw_deciles(axes):
@@ -64,11 +62,10 @@ def draw_deciles(axes):
         points = [interval(100 * read_metric(SEEDS, name.format(low), "eval/noisy/accuracy")) for low in lows]
         if np.isnan(points).any():
             raise ValueError("a run is missing")
-        means, halves, _ = np.transpose(points)
-        axes[0].errorbar([low + 5 for low in lows], means, halves, fmt="o", capsize=3, label=label)
+        axes[0].errorbar(np.array(lows) + 5, *np.transpose(points)[:2], fmt="o", capsize=3, label=label)
     axes[0].axhline(50, color="black", linewidth=0.8)
-    axes[0].set(title="Reward models trained on a tenth of the data", ylabel="accuracy on annotators' labels, %",
-                xlabel="the tenth: pairs sorted by strength, weakest first, %")
+    axes[0].set(title="Reward models trained on a tenth", xlabel="tenth of the pairs, weakest first, %",
+                ylabel="accuracy on annotators' labels, %")
     axes[0].legend()
 
 
@@ -78,9 +75,7 @@ def draw_features(axes):
         features = score_pairs(SEEDS[0], cell, "shifted")[1]
         line = (features[:, 0] - features[:, 1]).mean(0)
         positions = (features - features.mean((0, 1))) @ line / np.linalg.norm(line)  # (N, 2)
-        edges = np.linspace(positions.min(), positions.max(), 50)
-        axis.hist(positions[:, 0], edges, alpha=0.6, label="chosen")
-        axis.hist(positions[:, 1], edges, alpha=0.6, label="rejected")
+        axis.hist(positions, 50, histtype="stepfilled", alpha=0.6, label=["chosen", "rejected"])
         axis.set(title=f"{title}: features of two good responses", xlabel="from rejected to chosen", ylabel="responses")
         axis.legend()
 
@@ -130,7 +125,6 @@ if __name__ == "__main__":
         figure, axes = plt.subplots(1, columns, figsize=(1.5 + 3.7 * columns, 3.6), layout="constrained", squeeze=False)
         try:
             draw(axes[0])
+            figure.savefig(path, dpi=90)
         except (OSError, SystemExit, IndexError, ValueError) as error:
             print(f"no {path.name}: {error!r}"[:200])
-            continue
-        figure.savefig(path, dpi=90)

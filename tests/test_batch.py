@@ -166,3 +166,4 @@ def test_micro_batches(micro_tokens, world, share, monkeypatch):
     assert sorted(np.concatenate([batch.index for batch in batches])) == sorted(index)
     at = dict(zip(range(200), lengths))
     assert all(len(x.index) <= 1 or len(x.index) * max(at[i] for i in x.index) <= micro_tokens for x in batches)
+    assert micro_tokens < 10**5 or len(batches) == world

@@ -155,7 +155,7 @@ def test_pad_is_never_eos(llama, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------- sources, toy world
-def test_sources(tmp_path, monkeypatch, tokenizer):
+def test_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [TEXT_FORMS["prompt"], {**TEXT_FORMS["prompt"], "chosen": " plum fig"}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -166,7 +166,7 @@ def test_sources(tmp_path, monkeypatch, tokenizer):
     Dataset.from_list(rows).to_parquet("a.parquet")
     for source in ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", f"{tmp_path}/a.jsonl"):
         assert common.load_rows(source).to_list() == rows, source
-    other = toy.make_tokenizer()
+    tokenizer, other = toy.make_tokenizer(), toy.make_tokenizer()
     other.eos_token = "<unk>"
     for args, length, eos in (((tokenizer, 64), 11, 2), ((tokenizer, 8), 10, 2), ((other, 64), 11, 3)):
         [row, _] = common.tokenize(common.load_rows("a.jsonl"), "a.jsonl", *args)  # which is cached

@@ -211,7 +211,7 @@ def test_server(run, policies, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("", "--reward-models"), ("--reward-models rm", "--eval-data"), ("--policies a=said", "--policies"),
+    ("", "docs/toy"), ("--reward-models rm", "--eval-data"), ("--policies a=said", "--policies"),
     ("--policies a=said b=said", "--gold"), ("--policies a=said b=said --gold rm", "rm"),
     ("--policies a=said b=others GOLD", "others.jsonl: row 2"), ("--policies a=said b=one GOLD", "one.jsonl: row 2"),
     ("--policies a=bare b=bare GOLD", "row 1"), ("--policies a=said b=said --judge http://[::1]:9", "http://[::1]:9"),

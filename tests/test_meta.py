@@ -143,7 +143,8 @@ def test_killed_and_resumed(llama, tmp_path, meta):
 def test_bad_meta_data(change, script, meta):
     row, name = meta[0], change.replace(" ", "-") + ".jsonl"
     rows = {"one response": [row, {**row, "responses": [" fig"]}],
-            "equal responses": [{**row, "responses": [" fig"] * 2}], "uneven": [row, {**row, "responses": row["responses"][:2]}], "one row": [row]}
+            "equal responses": [{**row, "responses": [" fig"] * 2}],
+            "uneven": [row, {**row, "responses": row["responses"][:2]}], "one row": [row]}
     if change in rows:
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows[change]))
     with pytest.raises(SystemExit) as error:

@@ -36,7 +36,7 @@ TABLES = [("no KL penalty", [f"free-{name}" for name in FREE],
            ["KL 0 to 1/ppo/gold", GOLD, "KL 0 to 1/ppo/score_std", "KL 6 to 8/ppo/score_std"]),
           ("last iteration", [x for x in CELLS if CELLS[x].startswith("ppo")], [KL, ID, OOD, "ppo/perplexity"])]
 COMPARISONS = [
-    ("MetaRM Fig. 1", *["free-baseline"] * 2, "KL 0 to 1/ppo/score_std", "KL 6 to 8/ppo/score_std"),
+    ("MetaRM Fig. 1", "free-baseline", "free-baseline", "KL 0 to 1/ppo/score_std", "KL 6 to 8/ppo/score_std"),
     ("2210.10760", "free-baseline", "free-baseline", f"first/{ID}", ID),  # gold falls without a KL penalty
     ("section 2.5", "held-baseline", "held-baseline", ID, f"first/{ID}"),  # and rises with it
     *(("Fig. 9", f"free-{name}", "free-baseline-1", GOLD) for name in ("flip-1", "S1-1", "S3-1")),
@@ -46,7 +46,8 @@ COMPARISONS = [
     ("Table 2", "meta-3", "meta-1", ID), ("Table 3", "meta-3", "once", ID), ("Table 3", "meta-3", "plain-3", ID),
     ("Fig. 15", "meta-3", "plain-3", OOD)]
 DUELS = [*(("Fig. 10", f"free-{name}", "free-baseline-1") for name in ("flip-1", "S1-1", "S3-1")),
-         ("Fig. 10", "held-S3-1", "held-baseline-1"), ("Fig. 13", "held-simcse", "held-baseline"),
+         ("Fig. 10", "held-S3-1", "held-baseline-1"), ("Fig. 12", "free-simcse", "free-baseline"),
+         ("Fig. 12", "free-swav", "free-baseline"), ("Fig. 13", "held-simcse", "held-baseline"),
          ("Table 3", "meta-3", "once"), ("Table 3", "meta-3", "plain-3")]
 
 

@@ -146,15 +146,17 @@ def interval(values, level=0.95):
 
 def show(values, scale=1, sign=""):
     """Values of the seeds (S,) -> "mean ± half", or "-" if one is missing. Scale 100: percentages or points."""
-    (mean, half, _), digits = interval(values), 1 if scale == 100 else 3
-    return "-" if math.isnan(mean) else f"{scale * mean:{sign}.{digits}f} ± {scale * half:.{digits}f}"
+    mean, half, _ = interval(scale * values)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:{sign}.1f} ± {half:.1f}" if scale == 100 else f"{mean:{sign}.3g} ± {half:.2g}"
 
 
-def compare(folders, figure, a, b, key, key_b=None, margin=0.0):
-    """The claim that a number is larger in cell a than in cell b, or at most a margin smaller: figure, what is above 0
-    if it holds, its values over the seeds (S,), and 100 for accuracies or 1."""
-    values = read_metric(folders, a, key) - read_metric(folders, b, key_b or key) + margin
-    text = f"{key}: {a} - {b}" + f", {key_b}" * bool(key_b) + f" + {margin}" * bool(margin)
+def compare(folders, figure, a, b, key, key_b=None):
+    """The claim that a number is larger in cell a than in cell b: figure, what is above 0 if it holds, its values over
+    the seeds (S,), and 100 for accuracies or 1."""
+    values = read_metric(folders, a, key) - read_metric(folders, b, key_b or key)
+    text = f"{key} of {a} - {key_b} of {b}" if key_b else f"{key}: {a} - {b}"
     return figure, text, values, 100 if "accuracy" in key else 1
 
 
