@@ -113,10 +113,10 @@ def read_row(row):
     """One raw row in any known form -> prompt and list of responses, as texts or as lists of messages. The prompt is
     None if chosen and rejected answer different ones. Raises an error if the row has no known form."""
     prompt = row.get("prompt")
-    if row.get("responses"):
+    if row.get("responses") and not row.get("chosen"):
         return prompt, row["responses"]
     pair = [row["chosen"], row["rejected"]]
-    if isinstance(pair[0][0], dict):  # conversations, which may repeat the prompt
+    if pair[0] and isinstance(pair[0][0], dict):  # conversations, which may repeat the prompt
         if any(messages[-1]["role"] != "assistant" for messages in pair):
             raise ValueError("'chosen' or 'rejected' does not end with a message of the assistant")
         if isinstance(prompt, str):
@@ -173,8 +173,8 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
         except Exception as error:  # a chat template raises what it likes
             raise ValueError(f"row {number + 1}: {error!r}") from None
         length = len(prompt_ids) + sum(map(len, response_ids)) if prompt_ids else 0
-        return {"prompt_ids": prompt_ids or [0], "response_ids": response_ids or [[0]], "length": length, "row": number,
-                "truncated": truncated}
+        return {"prompt_ids": prompt_ids or [0], "response_ids": response_ids or [[0]], "k": len(response_ids),
+                "length": length, "row": number, "truncated": truncated}
 
     key = Hasher.hash([Path(__file__).read_text(), rows._fingerprint, tokenizer.backend_tokenizer.to_str(),
                        tokenizer.chat_template, tokenizer.special_tokens_map, max_length])
@@ -192,8 +192,8 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     print0(f"{source}: {len(data):,} of {len(rows):,} rows, {sum(data['truncated'][:]):,} prompts truncated")
     if len(data) == 0:
         fatal(f"{source}: no usable row: each has two prompts, an empty response, equal responses, or is too long")
-    if {len(responses) for responses in data["response_ids"][:]} != {k or len(data[0]["response_ids"])}:
-        fatal(f"{source}: not every row has {k or 'as many'} responses")
+    if set(data["k"][:]) != {k or data[0]["k"]}:
+        fatal(f"{source}: rows have {sorted(set(data['k'][:]))} responses, not {k or 'equally many'}")
     if np.mean(np.concatenate(data[:100]["prompt_ids"]) == tokenizer.unk_token_id) > 0.5:
         fatal(f"{source}: the tokenizer knows less than half of the words: give a --model for such text")
     return data
@@ -207,7 +207,7 @@ def load_sets(pairs, tokenizer, max_length):
 
 
 def load_tokenizer(name):
-    """The tokenizer of a folder or hub id. Its pad token is never EOS, or the token that is scored would be padding."""
+    """The tokenizer of a folder or hub id. Its pad token is never EOS; otherwise the scored token would be masked."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
@@ -216,14 +216,14 @@ def load_tokenizer(name):
         fatal(f"the tokenizer of {name} has no EOS token, and every response must end in one")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if isinstance(tokenizer.chat_template, str):  # Llama 3's has today's date, and no score may change overnight
+    if isinstance(tokenizer.chat_template, str):  # Llama 3's inserts today's date: pin it, for reproducible scores
         tokenizer.chat_template = re.sub(r"strftime_now\(.*?\)", "'01 Jan 2024'", tokenizer.chat_template)
     return tokenizer
 
 
 class Batch(NamedTuple):
     """B prompts with k responses each, in R = B rows of T tokens or, if prompts are not shared, in R = B k rows."""
-    index: np.ndarray           # (B,) row numbers in the data set; empty where a rank only keeps in step
+    index: np.ndarray           # (B,) row numbers in the data set; empty if this rank has no rows left
     input_ids: torch.Tensor     # (R, T)
     segments: torch.Tensor      # (R, T) 0 for the prompt, j for response j, -1 for padding
     position_ids: torch.Tensor  # (R, T)
@@ -269,13 +269,13 @@ def batch_indices(n, batch_size, seed, step):
 
 def micro_batches(data, index, micro_tokens, model):
     """Yield this rank's rows of `index`, longest first, as Batches of at most `micro_tokens` padded tokens or one row,
-    as many on every rank. Rows join while that pads less than an eighth of a batch, the cost of one more pass."""
-    lengths = np.array(data.select_columns(["length"])[index]["length"])
+    as many on every rank. A row joins while padding stays below 1/8 of a batch, the cost of one more pass."""
+    lengths = 8 * np.ceil(np.array(data.select_columns(["length"])[index]["length"]) / 8)  # as `collate` pads
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         longest = lengths[order[0]]
         similar = np.sum(np.cumsum(longest - lengths[order]) <= WORLD_SIZE * micro_tokens / 8)
-        count = WORLD_SIZE * max(1, min(micro_tokens // longest, math.ceil(similar / WORLD_SIZE)))
+        count = WORLD_SIZE * max(1, min(int(micro_tokens // longest), math.ceil(similar / WORLD_SIZE)))
         yield collate(data, index[order[:count][RANK::WORLD_SIZE]], model.device, model.share)
         order = order[count:]
 
@@ -334,7 +334,7 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
 
 
 def decoder_layers(model):
-    """The modules that transformers says are not to be split."""
+    """The decoder layers: transformers' `_no_split_modules`."""
     names = model.model._no_split_modules or ()
     return [x for x in model.modules() if type(x).__name__.removeprefix("FSDP") in names]  # FSDP renames their class
 
@@ -361,15 +361,16 @@ def prepare(model, args):
 @torch.no_grad()
 def can_share_prompts(model, max_length):
     """Whether two responses behind one prompt get the features of separate rows; not with ALiBi or recurrent layers."""
-    vocab_size, features = model.model.config.get_text_config().vocab_size, []
-    prompt, *responses = np.random.default_rng(0).integers(vocab_size, size=(3, max(1, max_length // 2)))
+    features, size = [], (3, max(1, max_length // 2))
+    prompt, *responses = np.random.default_rng(0).integers(model.model.config.get_text_config().vocab_size, size=size)
     data = datasets.Dataset.from_dict({"prompt_ids": [prompt], "response_ids": [responses]})
     try:
         for model.share in (False, True):
             features.append(model(collate(data, [0], model.device, model.share), with_features=True)[1])
         error = (features[1] - features[0]).norm() / features[0].norm()  # rounding: 1e-6, in bf16 0.01; else about 1
-    except Exception:
+    except Exception as exception:
         error = math.inf
+        print0(f"shared prompts fail: {exception!r}")
         if isinstance(model, FSDPModule):
             model.reset_iter_state()  # or some weights would stay gathered
     if error < (1e-3 if model.dtype == torch.float32 else 0.05):
@@ -450,10 +451,9 @@ def open_run(args, inputs, may_change=()):
     """Begin a run in --output-dir, where an earlier run is renamed, never overwritten. With --resume go on with it if
     its flags, but those in `may_change`, and the files and folders in `inputs` are the same. -> its last step, or 0."""
     folder, path, metrics = (Path(args.output_dir, name) for name in ("", "args.json", "metrics.jsonl"))
-    if folder.exists() and not path.exists() and (folder.is_file() or any(folder.iterdir())):
-        fatal(f"--output-dir {folder} holds something else than a run: name another folder")
-    files = [x for name in inputs if name for x in (Path(name), *Path(name).glob("*")) if x.is_file()]
-    written = {str(x): x.stat().st_mtime for x in files}
+    if folder.is_file() or not path.exists() and any(x.suffix != ".tmp" for x in folder.glob("*")):
+        fatal(f"--output-dir {folder} is not the folder of a run: name another one")
+    written = {str(x): x.stat().st_mtime for y in inputs if y for x in (Path(y), *Path(y).glob("*")) if x.is_file()}
     settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args), "inputs written": written}))
     old = json.loads(path.read_text()) if args.resume and path.exists() else {}
     for name in old.keys() - {"resume", "output_dir", "micro_batch_tokens", "save_every", *may_change}:
@@ -462,7 +462,7 @@ def open_run(args, inputs, may_change=()):
     step = max((int(x.name.split("-")[1]) for x in folder.glob("checkpoint-*")), default=0) if old else 0
     dist.barrier()
     if RANK == 0:
-        if path.exists() and not old:
+        if path.exists() and not args.resume:
             aside = next(x for x in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not x.exists())
             print0(f"{folder} holds an earlier run, which is now {folder.rename(aside)}")
         folder.mkdir(parents=True, exist_ok=True)

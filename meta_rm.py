@@ -70,7 +70,7 @@ def parse_args():
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     add("--eta", type=number(float, 0), default=5e-6, help="step size of the ascent on J; 0: none")
-    add("--ascent", choices=["plain", "normalized"], default="plain", help="eta times the gradient or its direction")
+    add("--ascent", choices=["plain", "normalized"], default="plain", help="eta times the gradient or its unit vector")
     # UNSTATED: --update alternate is another way to read the papers' words; Eq. 14 restores.
     add("--update", choices=["restore", "alternate"], default="restore", help="apply the gradient to theta or theta'")
     add("--meta-data", default="runs/ppo_loop/samples.jsonl", help="rows of prompt and k responses of the policy")
@@ -163,7 +163,6 @@ if __name__ == "__main__":
         lr = args.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = lr
-
         if args.eta:  # ascend J on a batch of the meta set, Eq. 12
             index = batch_indices(len(meta), args.meta_batch_size, args.seed, step)
             J = torch.zeros(1, device=device)
@@ -181,7 +180,8 @@ if __name__ == "__main__":
                     w.add_(w.grad, alpha=rate)
             optimizer.zero_grad()
             # FSDP gathers these weights in bf16, where a small step is rounded away: measure what is left of it.
-            shift = global_norm([w.detach().to(model.dtype) - old.to(model.dtype) for w, old in zip(weights, before)])
+            dtypes = [torch.float32 if w is model.model.score.weight else model.dtype for w in weights]
+            shift = global_norm([w.detach().to(x) - old.to(x) for w, old, x in zip(weights, before, dtypes)])
             if step == start and shift < 0.5 * rate * slope:
                 print0(f"{args.dtype} leaves {shift / (rate * slope):.0%} of the ascent: use float32 or a larger --eta")
         # the gradient of the preference loss at theta', Eq. 13

@@ -94,9 +94,9 @@ def parse_args():
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     # DEVIATION: the paper also samples with top-p 0.9 and a repetition penalty of 1.1. PPO needs the log-probabilities
     # of the distribution it samples from, and those of a nucleus are not defined once the policy has moved.
-    add("--temperature", type=number(float, 0.01), default=0.8, help="of the sampling and of all log-probabilities")
+    add("--temperature", type=number(float, 0.01), default=0.8, help="of sampling and of all log-probabilities")
     add("--kl-coef", type=number(float, 0), default=0.05, help="beta, the weight of the KL penalty; 0: none")
-    add("--reward-scaling", choices=["none", "std", "norm"], default="norm", help="divide by running std; norm: center")
+    add("--reward-scaling", choices=["none", "std", "norm"], default="norm", help="by running std; norm: also mean")
     add("--reward-clip", type=number(float, 0), default=0.8, help="then clip scores to this size; 0: do not")
     # UNSTATED: the penalty; the clip ranges, here those of the authors' released PPO; whether to whiten advantages.
     add("--missing-eos-penalty", type=number(float, 0), default=1.0, help="subtracted if a response does not end")
@@ -224,7 +224,8 @@ def response_tokens(batch, length):
 def read_values(critic, batch, length):
     """The critic's value before each response token (B, k, length), 0 where there is none."""
     row, _, previous, mask = response_tokens(batch, length)
-    return critic(batch, at=(row, previous)) * mask
+    values = critic(batch, at=(row[mask], previous[mask]))
+    return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
 
 
 @torch.no_grad()
@@ -317,8 +318,7 @@ def score_rollouts(prompts, responses, models, tokenizer, gold, args):
         means["score_std"] = scores.std(1).mean()
     means = {key: value.item() for key, value in means.items()}
     if gold:
-        means["gold"] = np.mean([gold(text, tokenizer.decode(x, skip_special_tokens=True))
-                                 for text, y in zip(texts, responses) for x in y])
+        means["gold"] = np.mean([gold(x, text) for x, y in zip(texts, responses) for text in decode(x, y, tokenizer)])
     return rows, scores, ended, logp, reference, mask, means
 
 
@@ -376,13 +376,13 @@ if __name__ == "__main__":
 
         # roll-outs
         index = batch_indices(len(prompts[1]), args.batch_size, args.seed, step)
-        picked = [prompts[0][i] for i in index], [prompts[1][i] for i in index]
-        responses = generate(policy, picked[1], args.num_responses, (args.seed, step, 0), args)
+        batch_prompts = [prompts[0][i] for i in index], [prompts[1][i] for i in index]
+        responses = generate(policy, batch_prompts[1], args.num_responses, (args.seed, step, 0), args)
         rollout_seconds = time.time() - began
 
         # rewards, values and advantages, token by token
         rows, scores, ended, logp, reference_logp, mask, means = score_rollouts(
-            picked, responses, models, tokenizer, gold, args)
+            batch_prompts, responses, models, tokenizer, gold, args)
         scores = parts["moments"].rescale(scores, args.reward_scaling, args.reward_clip)
         scores -= args.missing_eos_penalty * ~ended
         rewards = token_rewards(scores, logp, reference_logp, mask, args.kl_coef)

@@ -22,8 +22,10 @@ count: `CUDA_VISIBLE_DEVICES=3 python vote_strength.py --resume --seed 3 --membe
 """
 
 import argparse
+import gc
 import json
 import math
+import os
 from pathlib import Path
 
 import datasets
@@ -82,9 +84,9 @@ def pair_responses(rows):
     called chosen then means nothing."""
     if "chosen" in rows.column_names or "responses" not in rows.column_names:
         return rows
-    pairs = [{"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+    pairs = [{"prompt": row.get("prompt"), "chosen": chosen, "rejected": rejected}
              for row in rows for chosen, rejected in zip(row["responses"][::2], row["responses"][1::2])]
-    return datasets.Dataset.from_list(pairs)
+    return datasets.Dataset.from_list(pairs) if pairs else fatal("--eval-data: rows need two `responses` to vote on")
 
 
 def train_member(train, tokenizer, device, args):
@@ -135,8 +137,9 @@ def write_votes(path, rows, index, votes):
         if name in rows.column_names:
             rows = rows.remove_columns(name)
         rows = rows.add_column(name, column)
-    rows.to_json(f"{path}.tmp")
-    Path(f"{path}.tmp").replace(path)
+    tmp = Path(f"{path}.{os.getpid()}.tmp")
+    rows.to_json(tmp)
+    tmp.replace(path)
 
 
 def print_groups(mean, std, label, num_groups=20):
@@ -157,7 +160,7 @@ if __name__ == "__main__":
 
     # data
     sources = {"train": args.data, **dict(args.eval_data)}
-    if len(sources) <= len(args.eval_data):
+    if len(sources) < 1 + len(args.eval_data):
         fatal("--eval-data: every set needs a name of its own, and not `train`")
     tokenizer = load_tokenizer(args.model)
     raw = {name: pair_responses(load_rows(source, "train" if name == "train" else "test"))
@@ -167,17 +170,20 @@ if __name__ == "__main__":
 
     # train the members, each of which leaves its votes
     paths = []
-    for args.seed in range(args.seed, args.seed + args.members):
-        folder = Path(args.output_dir, f"seed-{args.seed}")
+    for seed in range(args.seed, args.seed + args.members):
+        folder = Path(args.output_dir, f"seed-{seed}")
         paths.append(folder / "votes.json")
         if not paths[-1].exists():
             if RANK == 0:
                 folder.mkdir(exist_ok=True)
                 Path(folder, "metrics.jsonl").unlink(missing_ok=True)
+            args.seed = seed
             model = train_member(sets["train"], tokenizer, device, args)
             votes = {name: score(model, data, args.micro_batch_tokens).tolist() for name, data in sets.items()}
             if RANK == 0:
                 atomic_write(paths[-1], json.dumps(votes))
+            del model  # or the next one would be loaded beside it
+            gc.collect()
 
     # count the votes
     if RANK == 0:

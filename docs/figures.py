@@ -93,16 +93,15 @@ def draw_differences(axes):
 
 
 def draw_ppo(axes):
-    """Over-optimisation: what the reward model says and what the responses are worth, in every iteration."""
+    """Over-optimisation: what the reward model says and what the responses are worth, since the first iteration."""
     for axis, cell, title in zip(axes, ("free-baseline", "free-simcse"), ("Baseline", "SimCSE")):
-        paths = [seed / cell / "metrics.jsonl" for seed in SEEDS]
-        records = [json.loads(line) for path in paths for line in path.read_text().splitlines()[1:]]
-        for key, label in (("score", "reward model's score"), ("gold", "true reward")):
-            points = [[x["ppo/kl"], x[f"ppo/{key}"]] for x in records]
-            axis.plot(*np.transpose(points), ".", markersize=3, alpha=0.5, label=label)
-        axis.axhline(0, color="black", linewidth=0.8)
+        for key, label, color in (("score", "reward model's score", "C0"), ("gold", "true reward", "C1")):
+            for i, seed in enumerate(SEEDS):
+                _, *records = map(json.loads, (seed / cell / "metrics.jsonl").read_text().splitlines())
+                points = [[x["ppo/kl"], x[f"ppo/{key}"] - records[0][f"ppo/{key}"]] for x in records]
+                axis.plot(*np.transpose(points), ".", color=color, markersize=3, label="" if i else label)
         axis.set(title=f"PPO without KL penalty: {title}", xlabel="KL to the SFT model, nats per response",
-                 ylabel="mean of an iteration", xlim=(0, 20), ylim=(-8, 8))
+                 ylabel="change since the start", xlim=(0, 25), ylim=(-6, 4))
         axis.legend(markerscale=3)
 
 

@@ -11,7 +11,7 @@ import common
 
 PROMPT = "\n\nHuman: name two fruits\n\nAssistant:"
 JUNK = [None, "", " ", 0, 3.5, True, [], [None], {}, [[]], [{}], [""], "\n\nHuman:", "\n\nAssistant:", "\x00",
-        "fig " * 99, "é🙂", ["a", "b", "c"], [{"role": "user"}], [{"role": "assistant", "content": None}], {"a": [1]}, [1, 2]]
+        "fig " * 99, "é🙂", ["a", "b"], [{"role": "user"}], [{"role": "assistant", "content": None}], {"a": [1]}, [1, 2]]
 
 
 def make_row(form, rng):

@@ -196,7 +196,7 @@ def print_verdicts(claims):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["denoising", "generalisation", "ppo"])
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds (default: 10)")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, 2 or more (default: 10)")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each; 0: only print (default: 1)")
     parser.add_argument("--size", help="hidden size x layers of the SFT model (default: docs/toy/model, 64x2)")
     args = parser.parse_args()
