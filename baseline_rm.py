@@ -9,7 +9,7 @@ with one linear layer on its last hidden state, is trained by maximum likelihood
     P(y_c > y_r | x) = sigmoid(r(x, y_c) - r(x, y_r))
     L                = -E log sigmoid(r(x, y_c) - r(x, y_r))
 
-    torchrun baseline_rm.py                                                         a toy world, half a minute on a CPU
+    torchrun baseline_rm.py                                                         a toy world, 20 seconds on a CPU
     torchrun --nproc_per_node 8 baseline_rm.py --model meta-llama/Llama-2-7b-hf     the paper's setting
 
 Watch eval/<set>/accuracy. Human annotators agree with each other on 60 to 75 % of the pairs, and a good reward model

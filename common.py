@@ -212,6 +212,7 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         fatal(f"no tokenizer in {name}: {error!r}")
+    tokenizer("a")  # turns off the padding that a file may ask for, or cache keys and saved files would depend on calls
     if tokenizer.eos_token is None:
         fatal(f"the tokenizer of {name} has no EOS token, and every response must end in one")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -247,7 +248,6 @@ def collate(data, index, device, share):
             row.append(len(input_ids) - 1)
             last.append(len(input_ids[-1]) - 1)
     width = 8 * math.ceil(max(map(len, input_ids)) / 8)
-
     def pad(rows, value):
         return torch.tensor([x + [value] * (width - len(x)) for x in rows], device=device)
     row, last = (torch.tensor(x, device=device).view(-1, len(responses))[: len(index)] for x in (row, last))

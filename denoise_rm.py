@@ -23,7 +23,7 @@ The paper's "soft label + margin" can be read in three ways:
     S2                    --margin --label-smoothing 0.2
     S3                    --soft-targets 1
 
-    torchrun denoise_rm.py --flip 0.1                                          the toy world, half a minute on a CPU
+    torchrun denoise_rm.py --flip 0.1                                          the toy world, 20 seconds on a CPU
     torchrun --nproc_per_node 8 denoise_rm.py --model my-sft-model --flip 0.1 --margin        the authors' release
     python denoise_rm.py --flip 0.1 --data runs/vote_strength/train.jsonl      the strengths of your own ensemble
 

@@ -14,7 +14,7 @@ before the ascent (Eqs. 12 to 14). To first order that is grad L + eta H_L grad 
     theta'   = theta + eta grad J(theta)
     theta   <- theta - alpha grad L(theta')                                  L: Eq. 2; through AdamW, as in the baseline
 
-    torchrun meta_rm.py                                      the toy world and its SFT model's samples, 40 seconds
+    torchrun meta_rm.py                                      the toy world and its SFT model's samples, 25 seconds
     python ppo_loop.py --model my-policy --iterations 0      samples a meta set from your own policy
     torchrun --nproc_per_node 8 meta_rm.py --model my-sft-model --meta-data runs/ppo_loop/samples.jsonl
 

@@ -11,7 +11,7 @@ for leaving the reference, the SFT model. The critic V starts as a copy of r and
     policy    -min( rho A, clip(rho, 1 - c, 1 + c) A ),            rho = pi(y_t) / pi_old(y_t)
     critic    1/2 max( (V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2 )
 
-    torchrun ppo_loop.py                                                            the toy world, a minute on a CPU
+    torchrun ppo_loop.py                                                            the toy world, 20 seconds on a CPU
     python ppo_loop.py --kl-coef 0 --reward-model runs/denoise_rm/model             no KL penalty, as in section 2.5
     python ppo_loop.py --iterations 0 --model my-policy --data prompts.jsonl        only sample: writes samples.jsonl
 

@@ -9,7 +9,7 @@ votes on every comparison with its margin. The strength of a preference is the m
     mean = 1/M sum_m d_m                          below 0: the ensemble rejects the label that it was trained on
     std  = sqrt( 1/M sum_m (d_m - mean)^2 )       the population's, divided by M
 
-    torchrun vote_strength.py                                                   the toy world, two to three minutes
+    torchrun vote_strength.py                                                   the toy world, about two minutes
     torchrun --nproc_per_node 8 vote_strength.py --model my-sft-model --data train.jsonl
     python vote_strength.py --eval-data policy=runs/ppo_loop/samples.jsonl      also votes on pairs without a label
 

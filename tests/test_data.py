@@ -154,6 +154,14 @@ def test_pad_is_never_eos(llama, tmp_path):
         assert common.load_tokenizer(tmp_path).pad_token == "<|pad|>"
 
 
+def test_a_tokenizer_does_not_change_by_its_calls():
+    """Its state is part of the cache's key, and is saved with the model; this file asks for padding."""
+    tokenizer = common.load_tokenizer(ROOT / "docs/toy/model")
+    before = tokenizer.backend_tokenizer.to_str()
+    tokenizer(["a", "b c"])
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
 # -------------------------------------------------------------------------------------------------- sources, toy world
 def test_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
