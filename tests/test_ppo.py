@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,7 @@ def test_killed_and_resumed_with_tied_weights(tmp_path, tokenizer, reward_model)
 def test_the_loop_of_the_docstring(llama, tmp_path):
     """Two tiny rounds of iterated RLHF, word for word but for the sizes."""
     loop = re.search(r"    cp docs.*?done\n", ppo_loop.__doc__, re.S)[0].replace("1 2 3", "1 2")
+    loop = loop.replace("python ", f"{sys.executable} ")
     tiny = f"--data {data()} --max-length 64 --eval-data"
     loop = loop.replace("meta_rm.py", f"meta_rm.py {tiny} --epochs 0.5 --batch-size 16")
     loop = loop.replace("ppo_loop.py", f"ppo_loop.py {tiny} --max-new-tokens 6 --iterations 2 --num-samples 8")
