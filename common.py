@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,8 @@ def setup(seed):
     if not dist.is_initialized():
         store = None if "RANK" in os.environ else dist.HashStore()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(time.sleep, 0.5 if WORLD_SIZE > 1 else 0)  # gloo's threads still need Python: pytorch #190489
+        atexit.register(dist.destroy_process_group)  # which runs first
     transformers.utils.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
     if RANK > 0 or not sys.stderr.isatty():
@@ -98,9 +100,7 @@ def load_rows(source, split="train"):
             rows = datasets.load_dataset(path, *config, split=split)
     except Exception as error:
         fatal(f"{source}: {error.__cause__ or error!r}")
-    if len(rows) == 0:
-        fatal(f"{source}: no rows")
-    return rows
+    return rows if len(rows) else fatal(f"{source}: no rows")
 
 
 def transcript(turns):
