@@ -63,8 +63,8 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def setup(seed):
-    """Join the processes that torchrun started, or be the only one, and seed torch; -> the device of this rank."""
+def setup():
+    """Join the processes that torchrun started, or be the only one; -> the device of this rank."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
@@ -78,7 +78,6 @@ def setup(seed):
     if RANK > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(seed)
     return torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
 
 
@@ -395,7 +394,8 @@ def score(model, data, micro_tokens, with_features=False):
     for batch in tqdm(batches, "scoring", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
         values = model(batch, with_features=True)
         rewards[batch.index] = values[0].cpu()
-        features[batch.index] = values[1][..., : features.size(2)].cpu()
+        if with_features:
+            features[batch.index] = values[1].cpu()
     model.train()
     dist.all_reduce(rewards)
     dist.all_reduce(features)
@@ -463,8 +463,8 @@ def open_run(args, inputs, may_change=()):
     dist.barrier()
     if RANK == 0:
         if path.exists() and not args.resume:
-            aside = next(x for x in (Path(f"{folder}.{i}") for i in range(1, 10**6)) if not x.exists())
-            print0(f"{folder} holds an earlier run, which is now {folder.rename(aside)}")
+            number = next(i for i in range(1, 10**6) if not Path(f"{folder}.{i}").exists())
+            print0(f"{folder} holds an earlier run, which is now {folder.rename(f'{folder}.{number}')}")
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(settings, indent=1))
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []

@@ -142,7 +142,7 @@ def evaluate(model, sets, micro_tokens):
 
 if __name__ == "__main__":
     args = parse_args()
-    device = setup(args.seed)
+    device = setup()
 
     # data and model
     tokenizer = load_tokenizer(args.model)

@@ -55,7 +55,10 @@ Give your reason in one sentence. Then end with [[A]] if A is better, [[B]] if B
 def named_folder(text):
     """An argparse type: [NAME=]FOLDER -> (name, folder). By default the last part that is not `model` is the name."""
     match = re.fullmatch(r"([\w.-]+)=(.+)", text)
-    return match.groups() if match else ([text, *(x for x in Path(text).parts if x != "model")][-1], text)
+    if match:
+        return match.groups()
+    names = [part for part in Path(text).parts if part != "model"]
+    return (names or [text])[-1], text
 
 
 def parse_args():
@@ -63,7 +66,6 @@ def parse_args():
     parser.error, add = fatal, parser.add_argument
     add("--reward-models", nargs="*", type=named_folder, default=[], metavar="[NAME=]FOLDER", help="folders or hub ids")
     add("--eval-data", nargs="*", type=named_source, default=[], metavar="NAME=SOURCE", help="sets for reward models")
-    add("--by", nargs="*", default=[], metavar="COLUMN", help="also the accuracy for each value of these columns")
     add("--prompt-format", choices=["transcript", "chat", "text"], default="transcript", help="what a question "
         "without turns becomes if it has lists of responses: the form that the reward models were trained on")
     add("--gold", metavar="FILE.py", help="a file with gold(prompt, response) -> float, the true reward")
@@ -285,13 +287,9 @@ def evaluate(model, tokenizer, data, firsts, args):
             return measure_best_of_n(rewards, targets)
         correct = np.array([credit(x, n) if np.isfinite(x).all() else math.nan for x, n in zip(rewards, targets)])
     measured = np.isfinite(correct)
-    for column in [name for name in args.by if name in rows.column_names]:
-        values = np.array([str(x) for x in rows[column]])
-        for value in np.unique(values).tolist():
-            part = {"column": column, "value": value, "rows": int(measured[values == value].sum())}
-            records.append({"table": "by column", **part, **interval("accuracy", correct[values == value])})
+    first = firsts.setdefault(source, correct)
     return [{"table": "reward models", "rows": int(measured.sum()), "dropped": int((~measured).sum()),
-             **interval("accuracy", correct), **interval("over_first", correct - firsts.setdefault(source, correct)),
+             **interval("accuracy", correct), **interval("over_first", correct - first),
              **metrics}, *records]
 
 
@@ -301,8 +299,10 @@ def self_bleu(texts, n):
     texts = [text.split() for text in texts if text.split()]
     log_precisions = [[] for _ in texts]
     for order in range(1, n + 1):
-        counters = [Counter(zip(*(words[i:] for i in range(order)))) for words in texts]
-        counts = {}
+        counters, counts = [], {}
+        for words in texts:
+            shifted = [words[i:] for i in range(order)]
+            counters.append(Counter(zip(*shifted)))  # of n-grams
         for gram, count in itertools.chain(*(counter.items() for counter in counters)):
             counts.setdefault(gram, [0]).append(count)
         # BLEU caps a text's count by the largest in another text. The second largest of all has the same effect.
@@ -419,7 +419,7 @@ def plot(path, records):
 
 if __name__ == "__main__":
     args = parse_args()
-    device = setup(args.seed)
+    device = setup()
     gold, firsts = None, {}
     try:
         if args.gold:

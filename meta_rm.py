@@ -89,8 +89,7 @@ def difference(rewards):
 
 def global_norm(tensors):
     """Euclidean norm of all tensors together, over the shards of all ranks."""
-    shards = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
-    squares = sum(shard.double().pow(2).sum() for shard in shards)
+    squares = sum((x.to_local() if isinstance(x, DTensor) else x).double().pow(2).sum() for x in tensors)
     dist.all_reduce(squares)
     return math.sqrt(squares.item())
 
@@ -133,7 +132,7 @@ def evaluate_meta(model, held_out, micro_tokens):
 
 if __name__ == "__main__":
     args = parse_args()
-    device = setup(args.seed)
+    device = setup()
 
     # data and model
     tokenizer = load_tokenizer(args.model)
@@ -184,6 +183,7 @@ if __name__ == "__main__":
             shift = global_norm([w.detach().to(x) - old.to(x) for w, old, x in zip(weights, before, dtypes)])
             if step == start and shift < 0.5 * rate * slope:
                 print0(f"{args.dtype} leaves {shift / (rate * slope):.0%} of the ascent: use float32 or a larger --eta")
+
         # the gradient of the preference loss at theta', Eq. 13
         index = batch_indices(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)

@@ -299,14 +299,14 @@ def score_rollouts(prompts, responses, models, tokenizer, gold, args):
     lengths = [len(x) + sum(map(len, y)) for x, y in zip(ids, responses)]
     rows = datasets.Dataset.from_dict({"prompt_ids": ids, "response_ids": responses, "length": lengths})
     eos, stop = tokenizer.eos_token_id, models["policy"].model.generation_config.eos_token_id
-    closed, counts, ended = [], [], []
+    with_eos, counts, ended = [], [], []
     for y in responses:
-        closed.append([x if x[-1] == eos else [*x, eos] for x in y])  # as the reward model was trained
+        with_eos.append([x if x[-1] == eos else [*x, eos] for x in y])  # as the reward model was trained
         counts.append([len(x) for x in y])
         ended.append([x[-1] in stop for x in y])
-    shown = datasets.Dataset.from_dict({"prompt_ids": ids, "response_ids": closed, "length": lengths})
+    scored_rows = datasets.Dataset.from_dict({"prompt_ids": ids, "response_ids": with_eos, "length": lengths})
     device, length = models["policy"].device, args.max_new_tokens
-    scores = score(models["reward_model"], shown, args.micro_batch_tokens).to(device)
+    scores = score(models["reward_model"], scored_rows, args.micro_batch_tokens).to(device)
     logp, reference = (
         by_token(lambda batch: models[name](batch, args.temperature, length), models[name], rows, args)
         for name in ("policy", "reference"))
@@ -336,7 +336,7 @@ def evaluate(models, sets, tokenizer, gold, args, step):
 
 if __name__ == "__main__":
     args = parse_args()
-    device = setup(args.seed)
+    device = setup()
     try:
         gold = runpy.run_path(args.gold)["gold"] if args.gold else None
     except Exception as error:

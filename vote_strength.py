@@ -156,7 +156,7 @@ def print_groups(mean, std, label, num_groups=20):
 
 if __name__ == "__main__":
     args = parse_args()
-    device = setup(args.seed)
+    device = setup()
 
     # data
     sources = {"train": args.data, **dict(args.eval_data)}

@@ -30,7 +30,7 @@ def score_pairs(seed, cell, split):
     """-> rewards (N, 2) and features (N, 2, hidden) of the comparisons of a seed under the reward model of a cell."""
     args = argparse.Namespace(seed=0, max_length=64, dtype="float32", gradient_checkpointing=False, offload=False)
     source, name = str(seed / f"toy-0.1/{split}.jsonl"), str(seed / cell / "model")
-    device, tokenizer = common.setup(0), common.load_tokenizer(name)
+    device, tokenizer = common.setup(), common.load_tokenizer(name)
     data = common.tokenize(common.load_rows(source), source, tokenizer, args.max_length)
     model = common.load_reward_model(name, tokenizer, device, args, "--reward-models")
     return [x.double().numpy() for x in common.score(model, data, 8192, with_features=True)]

@@ -119,7 +119,7 @@ def time_trl(folder, pairs, batches, warmup, default, args):
 
 if __name__ == "__main__":
     args, folder = parse_args(), tempfile.TemporaryDirectory()
-    device, raw = common.setup(args.seed), common.load_rows(args.data)
+    device, raw = common.setup(), common.load_rows(args.data)
     tokenizer, weights = make_model(folder.name, raw, args)
     data = common.tokenize(raw, args.data, tokenizer, args.max_length)
     data = data.select(common.batch_indices(len(data), args.batch_size * args.steps, args.seed, 0))

@@ -20,7 +20,7 @@ import pytest  # noqa: E402
 import common  # noqa: E402
 
 sys.modules["toy"] = toy
-common.setup(0)
+common.setup()
 TINY = {"vocab_size": len(toy.WORDS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 128}
 tokenizer = pytest.fixture(toy.make_tokenizer, scope="session")

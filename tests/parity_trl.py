@@ -42,7 +42,7 @@ def run_baseline(flags, folder):
 
 def run_trl(args, folder, rates):
     """Run TRL on the batches of baseline_rm.py with these learning rates; -> loss of each step."""
-    device, tokenizer = common.setup(args.seed), common.load_tokenizer(args.model)
+    device, tokenizer = common.setup(), common.load_tokenizer(args.model)
     train = common.tokenize(common.load_rows(args.data), args.data, tokenizer, args.max_length)
     common.save_model(f"{folder}/start", common.load_reward_model(args.model, tokenizer, device, args), tokenizer)
     index = [common.batch_indices(len(train), args.batch_size, args.seed, step) for step in range(len(rates))]

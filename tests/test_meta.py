@@ -117,7 +117,6 @@ def test_shift_is_what_arrives_in_bf16(script, llama, tokenizer, meta):
         out = train(script, "--model", "grid", "--dtype", dtype, "--eta", 5e-6, "--epochs", 0.2, "--output-dir", dtype)
         shifts[dtype] = records(dtype)[0]["train/shift"]
         assert ("bfloat16 leaves" in out) == (dtype == "bfloat16")
-    print(shifts)
     assert shifts["bfloat16"] < 0.5 * shifts["float32"]
 
 
