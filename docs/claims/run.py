@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -70,15 +71,18 @@ def make_world(folder, seed, flip, model):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_missing(cells, folders, model, jobs):
-    """Run the cells that are missing: those of a seed in order, because they need each other, and seeds in parallel."""
+def run_missing(cells, names, folders, model, jobs):
+    """Run the missing cells whose names match the regular expression `names`: those of a seed in order, because they
+    need each other, and seeds in parallel."""
+    cells = {name: command for name, command in cells.items() if re.fullmatch(names, name)}
+
     def run_seed(folder):
         for name, command in cells.items():
             script, *flags = [x.format(dir=folder, seed=folder.name, model=model) for x in command.split()]
             if not (folder / name / LAST.get(script, "model/tokenizer.json")).exists():
                 with open(folder / f"{name}.log", "w") as log:
                     subprocess.run([sys.executable, script, "--output-dir", folder / name, *flags], cwd=ROOT,
-                                   stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+                                   stdout=log, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ}, check=True)
             bar.update()
 
     bar = tqdm(total=len(cells) * len(folders), desc="cells")
@@ -198,6 +202,7 @@ if __name__ == "__main__":
     parser.add_argument("table", choices=["denoising", "generalisation", "ppo"])
     parser.add_argument("--seeds", type=int, default=10, help="number of seeds, 2 or more (default: 10)")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each; 0: only print (default: 1)")
+    parser.add_argument("--cells", default=".*", help="run only those whose names match this regular expression")
     parser.add_argument("--size", help="hidden size x layers of the SFT model (default: docs/toy/model, 64x2)")
     args = parser.parse_args()
     runs, model, table = Path("runs/claims").resolve(), ROOT / "docs/toy/model", importlib.import_module(args.table)
@@ -208,7 +213,7 @@ if __name__ == "__main__":
     if args.jobs:
         for folder, flip in itertools.product(folders, table.FLIPS):
             make_world(folder / f"toy-{flip}", int(folder.name), flip, model)
-        run_missing(table.CELLS, folders, model, args.jobs)
+        run_missing(table.CELLS, args.cells, folders, model, args.jobs)
     print(f"**{args.table}**, SFT model {args.size or '64x2'}, seeds 0 to {args.seeds - 1}\n")
     for row in table.TABLES:
         print_cells(folders, *row)
