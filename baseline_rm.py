@@ -40,7 +40,7 @@ def parse_args():
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False, epilog=f"toy defaults: {TOY_DEFAULTS}")
     parser.error, add = fatal, parser.add_argument
     add("--model", default="docs/toy/model", help="language model or reward model: folder or hub id")
-    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth; here they stay what they are.
+    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth; here the two splits are kept.
     add("--data", default="Anthropic/hh-rlhf", help=".jsonl, .json (also .gz), .parquet or hub id[[:config]:split]")
     add("--eval-data", nargs="*", type=named_source, default=[("test", "Anthropic/hh-rlhf:test")],
         metavar="NAME=SOURCE", help="named sets to evaluate on")
@@ -51,8 +51,8 @@ def parse_args():
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
-    add("--max-length", type=number(int, 2), default=2048, help="maximum tokens of prompt plus response, cut left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass: memory only")
+    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")
     add("--save-every", type=number(int, 0), default=200, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")

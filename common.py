@@ -138,14 +138,14 @@ def read_row(row):
 def to_ids(texts, tokenizer, is_chat):
     """Texts -> lists of token ids with one BOS, where the tokenizer or the chat template has one, and without EOS."""
     bos, rows = tokenizer.bos_token_id, tokenizer(texts, add_special_tokens=not is_chat).input_ids
-    rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]  # the text brought one as well
+    rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]  # the text already had one
     return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in rows]
 
 
 def encode(prompt, responses, tokenizer, max_length):
     """A prompt and k responses, texts or lists of messages -> prompt_ids, k response_ids that end in one EOS, and
-    whether the prompt was truncated. The prompt is what the tokens of the k full texts begin with. If a text is longer
-    than `max_length`, it loses its oldest tokens, but not the BOS; it is [] if nothing is left."""
+    whether the prompt was truncated. The prompt is the common prefix of the k full texts. If a text is longer than
+    `max_length`, the prompt loses its oldest tokens, but not the BOS; it is [] if nothing is left."""
     texts = [prompt + response for response in responses]
     if isinstance(prompt, list):
         texts = [tokenizer.apply_chat_template(messages, tokenize=False).rstrip() for messages in texts]
@@ -190,11 +190,11 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     data = data.select(np.flatnonzero(data["length"][:]))
     print0(f"{source}: {len(data):,} of {len(rows):,} rows, {sum(data['truncated'][:]):,} prompts truncated")
     if len(data) == 0:
-        fatal(f"{source}: no usable row: each has two prompts, an empty response, equal responses, or is too long")
+        fatal(f"{source}: no usable row: prompts differ, responses are equal, one is empty, or the row is too long")
     if set(data["k"][:]) != {k or data[0]["k"]}:
-        fatal(f"{source}: rows have {sorted(set(data['k'][:]))} responses, not {k or 'equally many'}")
+        fatal(f"{source}: rows have {sorted(set(data['k'][:]))} responses, which must be {k or 'equally many'}")
     if np.mean(np.concatenate(data[:100]["prompt_ids"]) == tokenizer.unk_token_id) > 0.5:
-        fatal(f"{source}: the tokenizer knows less than half of the words: give a --model for such text")
+        fatal(f"{source}: most tokens of the prompts are unknown to the tokenizer: choose a --model for such text")
     return data
 
 
@@ -211,7 +211,7 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         fatal(f"no tokenizer in {name}: {error!r}")
-    tokenizer("a")  # turns off the padding that a file may ask for, or cache keys and saved files would depend on calls
+    tokenizer("a")  # a call clears padding set in its file, which would make cache keys and saved files depend on calls
     if tokenizer.eos_token is None:
         fatal(f"the tokenizer of {name} has no EOS token, and every response must end in one")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -268,7 +268,7 @@ def batch_indices(n, batch_size, seed, step):
 
 def micro_batches(data, index, micro_tokens, model):
     """Yield this rank's rows of `index`, longest first, as Batches of at most `micro_tokens` padded tokens or one row,
-    as many on every rank. A row joins while padding stays below 1/8 of a batch, the cost of one more pass."""
+    as many on every rank. Rows join while their padding costs less than one more pass, 1/8 of `micro_tokens`."""
     lengths = 8 * np.ceil(np.array(data.select_columns(["length"])[index]["length"]) / 8)  # as `collate` pads
     order = np.argsort(-lengths, kind="stable")
     while len(order):
@@ -374,7 +374,7 @@ def can_share_prompts(model, max_length):
             model.reset_iter_state()  # or some weights would stay gathered
     if error < (1e-3 if model.dtype == torch.float32 else 0.05):
         return True
-    print0("this model cannot share prompts: it reads a row for each response, which takes longer")
+    print0("this model cannot share prompts: each response gets a row of its own, which is slower")
     return False
 
 
@@ -418,7 +418,7 @@ def run_state(model, optimizer):
 
 
 def save_checkpoint(folder, model, optimizer, step):
-    """Write <folder>/checkpoint-<step>, then remove older ones. Data order and randomness depend on seed and step."""
+    """Write <folder>/checkpoint-<step>, then remove older ones. Data order and randomness follow from seed and step."""
     tmp, older = Path(folder, "checkpoint.tmp"), [*Path(folder).glob("checkpoint-*")]
     if RANK == 0:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -448,13 +448,13 @@ def save_model(folder, model, tokenizer):
 
 
 def open_run(args, inputs, may_change=()):
-    """Begin a run in --output-dir, where an earlier run is renamed, never overwritten. With --resume go on with it if
-    its flags, but those in `may_change`, and the files and folders in `inputs` are the same. -> its last step, or 0."""
+    """Begin a run in --output-dir, where an earlier run is renamed, never overwritten. With --resume continue it if
+    its flags, except `may_change`, and the files and folders in `inputs` are the same. -> its last step, or 0."""
     folder, path, metrics = (Path(args.output_dir, name) for name in ("", "args.json", "metrics.jsonl"))
     if folder.is_file() or not path.exists() and any(x.suffix != ".tmp" for x in folder.glob("*")):
-        fatal(f"--output-dir {folder} is not the folder of a run: name another one")
+        fatal(f"--output-dir {folder} has files that are not from a run: choose another folder")
     written = {str(x): x.stat().st_mtime for y in inputs if y for x in (Path(y), *Path(y).glob("*")) if x.is_file()}
-    settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args), "inputs written": written}))
+    settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args), "input file times": written}))
     old = json.loads(path.read_text()) if args.resume and path.exists() else {}
     for name in old.keys() - {"resume", "output_dir", "micro_batch_tokens", "save_every", *may_change}:
         if old[name] != settings.get(name):

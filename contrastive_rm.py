@@ -19,7 +19,7 @@ predicts this assignment, the code q, from the other view:
     torchrun contrastive_rm.py                                  a toy world, half a minute on a CPU: SimCSE on pairs
     torchrun --nproc_per_node 8 contrastive_rm.py --model meta-llama/Llama-2-7b-hf --method swav --on differences
 
-The samples are those of the whole batch, over all ranks and micro-batches. A first pass without a graph computes the
+The samples are those of the whole batch, over all ranks and micro-batches. A first pass without gradients computes the
 features and the gradient of the contrastive loss at each. A second pass recomputes the features, micro-batch by
 micro-batch, and passes this gradient on to the weights (gradient caching, arXiv 2101.06983).
 
@@ -55,7 +55,7 @@ def parse_args():
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False, epilog=f"toy defaults: {TOY_DEFAULTS}")
     parser.error, add = fatal, parser.add_argument
     add("--model", default="docs/toy/model", help="language model or reward model: folder or hub id")
-    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth; here they stay what they are.
+    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth; here the two splits are kept.
     add("--data", default="Anthropic/hh-rlhf", help=".jsonl, .json (also .gz), .parquet or hub id[[:config]:split]")
     add("--eval-data", nargs="*", type=named_source, default=[("test", "Anthropic/hh-rlhf:test")],
         metavar="NAME=SOURCE", help="named sets to evaluate on")
@@ -67,9 +67,9 @@ def parse_args():
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
-    add("--max-length", type=number(int, 2), default=2048, help="maximum tokens of prompt plus response, cut left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass: memory "
-        "only, but for the dropout masks")
+    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory; "
+        "also changes the dropout masks")
     add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")
     add("--save-every", type=number(int, 0), default=200, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
@@ -78,8 +78,8 @@ def parse_args():
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     add("--method", choices=["simcse", "swav"], default="simcse", help="contrastive loss")
-    add("--on", choices=["pairs", "differences"], default="pairs", help="samples it compares")
-    add("--beta", type=number(float, 0), default=1.0, help="weight of this loss; swav: 0.1, on differences 0.5")
+    add("--on", choices=["pairs", "differences"], default="pairs", help="samples that the contrastive loss compares")
+    add("--beta", type=number(float, 0), default=1.0, help="weight of the loss; swav: 0.1, on differences 0.5")
     add("--dropout", type=number(float, 0, 0.99), default=0.05, help="dropout rate of the two views; 0: one view")
     # UNSTATED: the temperatures and the flags of Sinkhorn-Knopp. They are those of the two methods' own code.
     add("--temperature", type=number(float, 1e-4), default=0.05, help="tau; swav: 0.1")

@@ -14,8 +14,8 @@ and rejected in some pairs, and to give each pair a margin m and a target t:
     --label-smoothing A    t = 1 - A, for all pairs or, with --smooth-on negative, for mu < 0  Eq. 5
     --margin               m = mu, which is negative for suspicious pairs                      Eq. 6
 
-They are applied in this order, each fraction to what the flags before it left. Without any of them this is
-baseline_rm.py. Soft targets depend on the strength alone, so --flip does not change them.
+They are applied in this order, and each fraction counts the pairs that the flags before it left. Without any of them
+this is baseline_rm.py. --flip swaps a pair and its soft target together, so it does not change a loss of soft targets.
 
 The paper's "soft label + margin" can be read in three ways:
 
@@ -27,7 +27,7 @@ The paper's "soft label + margin" can be read in three ways:
     torchrun --nproc_per_node 8 denoise_rm.py --model my-sft-model --flip 0.1 --margin        the authors' release
     python denoise_rm.py --flip 0.1 --data runs/vote_strength/train.jsonl      the strengths of your own ensemble
 
-Watch eval/<set>/accuracy on labels without that noise: `id`, `ood` and `shifted` in the toy world, `noisy` has it.
+Watch eval/<set>/accuracy on clean labels: in the toy world those of `id`, `ood` and `shifted`, but not of `noisy`.
 """
 
 import argparse
@@ -66,8 +66,8 @@ def parse_args():
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
-    add("--max-length", type=number(int, 2), default=2048, help="maximum tokens of prompt plus response, cut left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass: memory only")
+    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")
     add("--save-every", type=number(int, 0), default=200, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
@@ -77,10 +77,10 @@ def parse_args():
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     add("--percentiles", type=number(float, 0, 100), nargs=2, default=[0.0, 100.0], metavar=("LO", "HI"),
         help="train on the pairs between these percentiles of strength")
-    add("--drop", type=number(float, 0, 1), default=0.0, help="fraction of the weakest pairs to drop")
-    add("--flip", type=number(float, 0, 1), default=0.0, help="fraction of the weakest pairs to flip; the paper: 0.1")
+    add("--drop", type=number(float, 0, 1), default=0.0, help="fraction of the pairs to drop, the weakest ones")
+    add("--flip", type=number(float, 0, 1), default=0.0, help="fraction of the pairs to flip, the weakest; paper: 0.1")
     add("--margin", action="store_true", help="subtract the strength from the difference of the rewards")
-    # UNSTATED: the size of A; 0.2 is where the paper's training loss settles.
+    # UNSTATED: the size of A. The paper's training loss settles at 0.50, the entropy of 0.2.
     add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="A; the paper: probably 0.2")
     add("--smooth-on", choices=["all", "negative"], default="all", help="smooth all pairs, or those of negative "
         "strength")
@@ -158,7 +158,7 @@ if __name__ == "__main__":
         strengths = strengths[np.isfinite(strengths)]
     elif args.margin or args.flip or args.drop or args.soft_targets or args.smooth_on == "negative" or (
             args.percentiles != [0, 100]):
-        fatal(f"--data {args.data} has no column '{column}': let vote_strength.py write it")
+        fatal(f"--data {args.data} has no column '{column}': use the train.jsonl that vote_strength.py writes")
     kept = select_rows(strengths, args.percentiles, args.drop)
     if len(kept) == 0:
         fatal("--percentiles and --drop leave no row to train on")

@@ -1,4 +1,4 @@
-"""Evaluate reward models and policies: what the papers measure on finished models, and what people ask for besides.
+"""Evaluate reward models and policies: the papers' metrics of trained models, and other common ones.
 
 Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080) and MetaRM (arXiv 2405.00438).
 
@@ -9,7 +9,7 @@ Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06
 What is measured on a set of --eval-data depends on the form of its rows:
 
     comparisons, in any form that the training scripts read       accuracy, loss, calibration, overlap of features, ...
-    a prompt and lists `chosen`, `rejected` (RewardBench 2)       accuracy; special scores are left to the benchmarks
+    a prompt and lists `chosen`, `rejected` (RewardBench 2)       accuracy only, no benchmark-specific scores
     a prompt, `responses` and their true `scores` (or --gold)     true score of the best of n responses
 
 A policy is a file of rows of `prompt` and `responses` (the first one counts), from ppo_loop.py or vLLM. Tables, with
@@ -66,8 +66,8 @@ def parse_args():
     parser.error, add = fatal, parser.add_argument
     add("--reward-models", nargs="*", type=named_folder, default=[], metavar="[NAME=]FOLDER", help="folders or hub ids")
     add("--eval-data", nargs="*", type=named_source, default=[], metavar="NAME=SOURCE", help="sets for reward models")
-    add("--prompt-format", choices=["transcript", "chat", "text"], default="transcript", help="what a question "
-        "without turns becomes if it has lists of responses: the form that the reward models were trained on")
+    add("--prompt-format", choices=["transcript", "chat", "text"], default="transcript", help="form of plain "
+        "prompts with lists of responses: use the one that the reward models were trained on")
     add("--gold", metavar="FILE.py", help="a file with gold(prompt, response) -> float, the true reward")
     add("--policies", nargs="*", type=named_source, default=[], metavar="NAME=FILE", help="the first is the baseline")
     add("--judge", default="gold", help="gold, folder of a reward model, or http(s)://HOST/v1 of an OpenAI-like server")
@@ -75,7 +75,7 @@ def parse_args():
     add("--tie-threshold", type=number(float, 0), default=0.0, help="differences of gold or reward up to this are ties")
     add("--output-dir", default="runs/eval", help="folder for eval.md, eval.json and eval.png")
     add("--plot", action="store_true", help="draw eval.png (needs matplotlib)")
-    add("--max-length", type=number(int, 2), help="maximum length in tokens; default: what a model reads, up to 2048")
+    add("--max-length", type=number(int, 2), help="maximum tokens; default: the first model's context, up to 2048")
     add("--micro-batch-tokens", type=number(int, 1), default=8192, help="maximum tokens per forward pass: memory only")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; rewards are always float32")
@@ -88,7 +88,7 @@ def parse_args():
         fatal("--reward-models and --eval-data go together")
     for pairs in (args.reward_models, args.eval_data, args.policies):
         if len(dict(pairs)) < len(pairs):
-            fatal(f"give each a name of its own, as in NAME={pairs[0][1]}: {', '.join(name for name, _ in pairs)}")
+            fatal(f"names must be unique, as in NAME={pairs[0][1]}: {', '.join(name for name, _ in pairs)}")
     if len(args.policies) == 1 or args.policies and args.judge == "gold" and not args.gold:
         fatal("--policies needs two or more, and --judge or --gold FILE.py")
     return args
@@ -192,7 +192,7 @@ def score_responses(model, tokenizer, items, source, args):
 
 
 def interval(name, values):
-    """Values (n,), NaN left out -> {name: mean, name_half: half of its 95 % interval, 1.96 standard errors}."""
+    """Values (n,), NaN left out -> {name: mean, name_half: half-width of its 95 % interval, 1.96 standard errors}."""
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return {}
@@ -319,7 +319,7 @@ def self_bleu(texts, n):
 
 
 def ask_server(texts, args):
-    """-> replies of the server at args.judge, exceptions where it failed four times. Exits if the first one is."""
+    """-> replies of the server at args.judge, exceptions after four failures. Exits if the first request fails."""
     # Not by huggingface_hub: it is off under HF_HUB_OFFLINE, and without a key sends the user's Hugging Face token.
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"}
 
@@ -425,10 +425,10 @@ if __name__ == "__main__":
         if args.gold:
             gold = runpy.run_path(args.gold)["gold"]
         if args.plot:
-            import matplotlib.pyplot  # or it is missed after hours
+            import matplotlib.pyplot  # fail now, not after hours
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     except Exception as error:
-        fatal(f"--gold {args.gold}, --plot or --output-dir {args.output_dir}: {error!r}")
+        fatal(f"--gold, --plot or --output-dir: {error!r}")
     sets = {name: (source, *load_set(source, gold)) for name, source in args.eval_data}
     items, scores = load_policies(args.policies, gold)
 

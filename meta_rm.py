@@ -9,7 +9,7 @@ still tells them apart is measured without labels (Eq. 11; (k - 1) / 2k at equal
     J(theta) = 2 / k^2  sum_{i<j} sigmoid( |r(x, y_i) - r(x, y_j)| )         averaged over a batch of the meta set
 
 Every step first ascends J, then takes the gradient of the preference loss there and applies it to the weights from
-before the ascent (Eqs. 12 to 14). To first order that is grad L + eta H_L grad J:
+before the ascent (Eqs. 12 to 14). To first order this gradient is grad L + eta H_L grad J:
 
     theta'   = theta + eta grad J(theta)
     theta   <- theta - alpha grad L(theta')                                  L: Eq. 2; through AdamW, as in the baseline
@@ -49,7 +49,7 @@ def parse_args():
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False, epilog=f"toy defaults: {TOY_DEFAULTS}")
     parser.error, add = fatal, parser.add_argument
     add("--model", default="docs/toy/model", help="language model or reward model: folder or hub id")
-    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth; here they stay what they are.
+    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth; here the two splits are kept.
     add("--data", default="Anthropic/hh-rlhf", help=".jsonl, .json (also .gz), .parquet or hub id[[:config]:split]")
     add("--eval-data", nargs="*", type=named_source, default=[("test", "Anthropic/hh-rlhf:test")],
         metavar="NAME=SOURCE", help="named sets to evaluate on")
@@ -60,8 +60,8 @@ def parse_args():
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
-    add("--max-length", type=number(int, 2), default=2048, help="maximum tokens of prompt plus response, cut left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass: memory only")
+    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")
     add("--save-every", type=number(int, 0), default=200, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
@@ -70,7 +70,7 @@ def parse_args():
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     add("--eta", type=number(float, 0), default=5e-6, help="step size of the ascent on J; 0: none")
-    add("--ascent", choices=["plain", "normalized"], default="plain", help="eta times the gradient or its unit vector")
+    add("--ascent", choices=["plain", "normalized"], default="plain", help="step along the gradient or its unit vector")
     # UNSTATED: --update alternate is another way to read the papers' words; Eq. 14 restores.
     add("--update", choices=["restore", "alternate"], default="restore", help="apply the gradient to theta or theta'")
     add("--meta-data", default="runs/ppo_loop/samples.jsonl", help="rows of prompt and k responses of the policy")
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     sets = load_sets(args.eval_data, tokenizer, args.max_length)
     meta = tokenize(load_rows(args.meta_data), args.meta_data, tokenizer, args.max_length, k=None)
     if len(meta) < 2:
-        fatal(f"--meta-data {args.meta_data}: it needs two rows or more")
+        fatal(f"--meta-data {args.meta_data}: needs at least two rows")
     split = math.floor(0.9 * len(meta))
     meta, held_out = meta.select(range(split)), meta.select(range(split, len(meta)))
     model = load_reward_model(args.model, tokenizer, device, args)

@@ -63,7 +63,7 @@ def parse_args():
     # UNSTATED: what reward model, policy and reference start from in a later round. Here all three are flags.
     add("--reference", help="language model of the KL penalty: folder or hub id; by default --model")
     add("--reward-model", default="docs/toy/reward_model", help="folder or hub id")
-    add("--gold", help="FILE.py with gold(prompt, response) -> float: measured, never learnt from")
+    add("--gold", help="FILE.py with gold(prompt, response) -> float, the true reward: logged, not trained on")
     add("--data", default="Anthropic/hh-rlhf", help="comparisons or rows of `prompt`, in the other scripts' formats")
     add("--eval-data", nargs="*", type=named_source, default=[("test", "Anthropic/hh-rlhf:test")],
         metavar="NAME=SOURCE", help="named sets whose prompts the policy is evaluated on")
@@ -76,15 +76,15 @@ def parse_args():
     add("--num-responses", type=number(int, 1), default=4, help="responses to each prompt of an iteration")
     add("--lr", type=number(float, 0), default=5e-7, help="peak learning rate of the policy's AdamW")
     add("--critic-lr", type=number(float, 0), default=1.5e-6, help="peak learning rate of the critic's AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of iterations for warm-up, then 1/sqrt")
+    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of iterations; then 1/sqrt decay")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
-    add("--max-length", type=number(int, 2), default=2048, help="maximum tokens of prompt plus response, cut left")
+    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
     add("--max-new-tokens", type=number(int, 1), default=512, help="maximum length of a response in tokens")
     add("--rollout-batch-size", type=number(int, 1), default=8, help="prompts whose responses are sampled together")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass: memory only")
+    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--eval-every", type=number(int, 0), default=100, help="iterations between evaluations; 0: only at the end")
     add("--eval-prompts", type=number(int, 1), default=200, help="prompts of each set, with one response to each")
-    add("--num-samples", type=number(int, 0), default=1000, help="first prompts of --data to answer in samples.jsonl")
+    add("--num-samples", type=number(int, 0), default=1000, help="prompts in samples.jsonl: the first ones of --data")
     add("--k", type=number(int, 1), default=5, help="responses to each prompt in samples.jsonl")
     add("--save-every", type=number(int, 0), default=100, help="iterations between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
@@ -94,12 +94,12 @@ def parse_args():
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     # DEVIATION: the paper also samples with top-p 0.9 and a repetition penalty of 1.1. PPO needs the log-probabilities
     # of the distribution it samples from, and those of a nucleus are not defined once the policy has moved.
-    add("--temperature", type=number(float, 0.01), default=0.8, help="of sampling and of all log-probabilities")
+    add("--temperature", type=number(float, 0.01), default=0.8, help="temperature of sampling and log-probabilities")
     add("--kl-coef", type=number(float, 0), default=0.05, help="beta, the weight of the KL penalty; 0: none")
-    add("--reward-scaling", choices=["none", "std", "norm"], default="norm", help="by running std; norm: also mean")
-    add("--reward-clip", type=number(float, 0), default=0.8, help="then clip scores to this size; 0: do not")
+    add("--reward-scaling", choices=["none", "std", "norm"], default="norm", help="by running std; norm: minus mean")
+    add("--reward-clip", type=number(float, 0), default=0.8, help="clip rescaled scores to +- this; 0: no clipping")
     # UNSTATED: the penalty; the clip ranges, here those of the authors' released PPO; whether to whiten advantages.
-    add("--missing-eos-penalty", type=number(float, 0), default=1.0, help="subtracted if a response does not end")
+    add("--missing-eos-penalty", type=number(float, 0), default=1.0, help="subtracted if there is no stop token")
     add("--gae-lambda", type=number(float, 0, 1), default=0.95, help="lambda of GAE")
     add("--clip-range", type=number(float, 0), default=0.2, help="clip range of the policy ratio")
     add("--clip-range-value", type=number(float, 0), default=0.2, help="clip range of the change in value; 0: none")
@@ -171,7 +171,7 @@ def load_prompts(source, split, tokenizer, args, limit=None):
             texts.append(text)
     room = args.max_length - args.max_new_tokens - 1
     if room < 2 or not prompts:
-        fatal(f"{source}: no prompt, or --max-length has no room for one beside --max-new-tokens")
+        fatal(f"{source}: no prompts, or --max-length minus --max-new-tokens leaves no room for one")
     ids = to_ids(texts, tokenizer, is_chat=isinstance(prompts[0], list))
     print0(f"{source}: {len(ids):,} of {len(rows):,} prompts, {sum(len(x) > room for x in ids):,} truncated")
     heads = [x[:1] if x[0] == tokenizer.bos_token_id else [] for x in ids]
@@ -181,10 +181,10 @@ def load_prompts(source, split, tokenizer, args, limit=None):
 @torch.no_grad()
 def generate(policy, prompt_ids, k, seed, args):
     """k sampled responses to each prompt: token ids (N, k, tokens) up to a stop token or --max-new-tokens, equal on all
-    ranks, whatever their number. `seed`: a tuple of numbers that no other call has."""
+    ranks, whatever their number. `seed`: a tuple of numbers, unique to this call."""
     stop, size = set(policy.model.generation_config.eos_token_id), args.rollout_batch_size
     chunks, responses = [prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size)], {}
-    calls = range(RANK, math.ceil(len(chunks) / WORLD_SIZE) * WORLD_SIZE, WORLD_SIZE)  # FSDP: as many on each rank
+    calls = range(RANK, math.ceil(len(chunks) / WORLD_SIZE) * WORLD_SIZE, WORLD_SIZE)  # FSDP: equally many on each
     for call in tqdm(calls, "sampling", leave=False, disable=RANK > 0 or len(calls) < 10, mininterval=1):
         number, chunk = call % len(chunks), chunks[call % len(chunks)]
         torch.manual_seed(int(np.random.default_rng((*seed, number)).integers(2**62)))
@@ -230,7 +230,7 @@ def read_values(critic, batch, length):
 
 @torch.no_grad()
 def by_token(function, model, rows, args):
-    """Batch -> (B, k, --max-new-tokens) by `function`, for all rows and equal on all ranks: (N, k, length)."""
+    """Apply `function`, Batch -> (B, k, --max-new-tokens), to all rows; (N, k, length), equal on all ranks."""
     output = torch.zeros(len(rows), len(rows[0]["response_ids"]), args.max_new_tokens, device=model.device)
     for batch in micro_batches(rows, np.arange(len(rows)), args.micro_batch_tokens, model):
         output[batch.index] = function(batch)
@@ -349,7 +349,7 @@ if __name__ == "__main__":
     if args.iterations:
         sets = {x: load_prompts(source, "test", tokenizer, args, args.eval_prompts) for x, source in args.eval_data}
         if load_tokenizer(args.reward_model).get_vocab() != tokenizer.get_vocab():
-            fatal(f"--reward-model {args.reward_model} has another tokenizer than --model {args.model}")
+            fatal(f"--reward-model {args.reward_model} has a different tokenizer than --model {args.model}")
         critic, reward_model = (load_reward_model(args.reward_model, tokenizer, device, args, "--reward-model")
                                 for _ in range(2))
         reference = load_policy(args.reference or args.model, tokenizer, device, args, "--reference")

@@ -7,7 +7,7 @@ votes on every comparison with its margin. The strength of a preference is the m
 
     d_m  = r_m(x, y_c) - r_m(x, y_r)
     mean = 1/M sum_m d_m                          below 0: the ensemble rejects the label that it was trained on
-    std  = sqrt( 1/M sum_m (d_m - mean)^2 )       the population's, divided by M
+    std  = sqrt( 1/M sum_m (d_m - mean)^2 )       population std, divided by M
 
     torchrun vote_strength.py                                                   the toy world, about two minutes
     torchrun --nproc_per_node 8 vote_strength.py --model my-sft-model --data train.jsonl
@@ -51,18 +51,18 @@ def parse_args():
     add("--model", default="docs/toy/model", help="language model or reward model: folder or hub id")
     add("--data", default="Anthropic/hh-rlhf", help=".jsonl, .json (also .gz), .parquet or hub id[[:config]:split]")
     add("--eval-data", nargs="*", type=named_source, default=[("test", "Anthropic/hh-rlhf:test")],
-        metavar="NAME=SOURCE", help="named sets to vote on without training on them, with labels or with the column "
-        "`responses`, whose pairs are then voted on")
+        metavar="NAME=SOURCE", help="named sets to vote on, not to train on: comparisons, or "
+        "rows of `responses`, which are then paired")
     add("--output-dir", default="runs/vote_strength", help="folder for train.jsonl, NAME.jsonl and seed-*/votes.json")
-    add("--seed", type=number(int, 0), default=0, help="random seed of the first member; the others follow")
+    add("--seed", type=number(int, 0), default=0, help="random seed of the first member; the next ones follow")
     add("--members", type=number(int, 1), default=10, help="M, the number of reward models")
     add("--epochs", type=number(float, 0.001), default=1.0, help="passes over the data")
     add("--batch-size", type=number(int, 1), default=32, help="comparisons per optimizer step, over all ranks")
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
-    add("--max-length", type=number(int, 2), default=2048, help="maximum tokens of prompt plus response, cut left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="padded tokens per forward pass: memory only")
+    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--resume", action="store_true", help="train only the members whose votes --output-dir lacks")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; weights, scores and losses are always float32")
@@ -80,8 +80,8 @@ def strength(votes):
 
 
 def pair_responses(rows):
-    """Rows of comparisons as they are; rows of k responses as the k // 2 disjoint pairs of each. Which of the two is
-    called chosen then means nothing."""
+    """Rows of comparisons as they are; rows of k responses as the k // 2 disjoint pairs of each. Which one is called
+    chosen is then arbitrary."""
     if "chosen" in rows.column_names or "responses" not in rows.column_names:
         return rows
     pairs = [{"prompt": row.get("prompt"), "chosen": chosen, "rejected": rejected}
@@ -125,8 +125,8 @@ def train_member(train, tokenizer, device, args):
 
 
 def write_votes(path, rows, index, votes):
-    """Write the raw rows as JSON lines with the votes (M, N, 2) on those that `index` (N,) numbers, in the columns of
-    the authors' release; null where a row was dropped."""
+    """Write the raw rows as JSON lines with the votes (M, N, 2) for the rows `index` (N,), in the columns of the
+    authors' release; null where a row was dropped."""
     mean, std = strength(votes)
     columns = {"chosen score list": votes[..., 0].T, "rejected score list": votes[..., 1].T,
                "mean preference difference": mean, "std preference difference": std}
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     # data
     sources = {"train": args.data, **dict(args.eval_data)}
     if len(sources) < 1 + len(args.eval_data):
-        fatal("--eval-data: every set needs a name of its own, and not `train`")
+        fatal("--eval-data: names must be unique and not `train`")
     tokenizer = load_tokenizer(args.model)
     raw = {name: pair_responses(load_rows(source, "train" if name == "train" else "test"))
            for name, source in sources.items()}

@@ -4,7 +4,10 @@
     deciles.png                      python docs/claims/run.py denoising
     features.png, differences.png    python docs/claims/run.py generalisation
     ppo.png                          python docs/claims/run.py ppo
-    best_of_n.png                    python eval.py --gold docs/toy/make.py, on rows of `responses`
+    best_of_n.png                    the README's reward models, then
+
+        python ppo_loop.py --iterations 0 --num-samples 300 --k 64 --output-dir runs/samples
+        python eval.py --reward-models runs/*/model --gold docs/toy/make.py --eval-data n=runs/samples/samples.jsonl
 """
 
 import argparse
@@ -94,6 +97,8 @@ def draw_differences(axes):
 
 def draw_ppo(axes):
     """Over-optimisation: what the reward model says and what the responses are worth, since the first iteration."""
+    if not SEEDS:
+        raise ValueError("no seed in runs/claims")
     for axis, cell, title in zip(axes, ("free-baseline", "free-simcse"), ("Baseline", "SimCSE")):
         for key, label, color in (("score", "reward model's score", "C0"), ("gold", "true reward", "C1")):
             for i, seed in enumerate(SEEDS):
@@ -108,6 +113,8 @@ def draw_ppo(axes):
 def draw_best_of_n(axes):
     """The true reward of the best of n responses by reward."""
     records = [x for x in json.loads(Path("runs/eval/eval.json").read_text()) if x["table"] == "best of n"]
+    if not records:
+        raise ValueError("runs/eval/eval.json has no best of n")
     for model in dict.fromkeys(record["model"] for record in records):
         points = [[x["n"], x["score"], x["score_half"]] for x in records if x["model"] == model]
         axes[0].errorbar(*np.transpose(points), fmt=".-", capsize=2, label=model)

@@ -11,7 +11,7 @@
 
 The model is a Llama with random weights and a BPE trained on the data. The variants take turns; each turn begins with
 warm-up steps, one on a CPU, all on CUDA. Prints medians, or nan if trl is not installed. Useful tokens exclude padding
-and count a prompt once; each costs 6 operations for a weight of the layers. The peak is that of one matrix product.
+and count a prompt once; each costs 6 FLOPs per weight of the layers. The peak is that of one matrix product.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def parse_args():
     add("--reps", type=int, default=1, help="turns of each variant")
     add("--batch-size", type=int, default=16, help="comparisons per step")
     add("--max-length", type=int, default=512, help="maximum length of prompt plus response in tokens")
-    add("--micro-batch-tokens", type=int, default=8192 if CUDA else 1024, help="of `ours`")
+    add("--micro-batch-tokens", type=int, default=8192 if CUDA else 1024, help="tokens per micro-batch of `ours`")
     add("--micro-batch-size", type=int, default=16 if CUDA else 1, help="comparisons; divides --batch-size")
     add("--hidden-size", type=int, default=512, help="a multiple of 64")
     add("--layers", type=int, default=6)

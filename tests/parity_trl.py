@@ -1,7 +1,7 @@
 """Does baseline_rm.py compute what TRL's RewardTrainer computes? The same rows, weights, order and optimizer must give
 the same loss at every step. In float32 on the CPU.
 
-    pip install trl
+    pip install trl==1.16.0
     python tests/parity_trl.py [flags of baseline_rm.py]
 
 baseline_rm.py runs as it is, for 50 steps on the toy data if no flags are given, with shared prompts and micro-batches.

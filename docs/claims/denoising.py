@@ -19,7 +19,7 @@ for name, flags in METHODS.items():
 for name in NOISY:
     CELLS.update({f"{name}-{epochs}-{rate}": CELLS[f"{name}-{epochs}"].replace("vote-0.1", f"vote-{rate}")
                   for epochs in (1, 4) for rate in FLIPS[1:]})
-CELLS["again-4"] = f"{VOTED} --epochs 4 --seed 10{{seed}}"  # a baseline with another seed: what chance does (Fig. 27)
+CELLS["again-4"] = f"{VOTED} --epochs 4 --seed 10{{seed}}"  # the effect of the seed alone (Fig. 27)
 for low in range(0, 100, 10):  # a tenth of the data, so more epochs
     CELLS[f"decile-{low}"] = f"{VOTED} --percentiles {low} {low + 10} --epochs 8"
 for low in (0, 10):

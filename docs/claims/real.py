@@ -1,14 +1,15 @@
 """The papers' claims on real text: every method on a language model of your choice. run.py explains the verdicts.
 
-    python docs/claims/real.py --model SmolLM2-135M-Instruct --data helpful_train.jsonl --seeds 10
+    python docs/claims/real.py --model SmolLM2-135M-Instruct --data helpful_train.jsonl --seeds 10 \\
         --eval-data helpful=helpful_test.jsonl harmless=harmless_test.jsonl
     python docs/claims/real.py --size 128x3 --lr 5e-4 --iterations 0 ...    a small model, first trained on --data
 
 The first set of --eval-data is in distribution, the others are not. Votes, the model's samples and the judge are made
-once, in <output-dir>/shared. A seed has its own reward heads, data order and PPO samples, in <output-dir>/<seed>. What
-is there already is not run again. Intervals are over these seeds alone; the sets are the same for all.
+once, in <output-dir>/shared. A seed has its own reward heads, data order and PPO samples, in <output-dir>/<seed>. As in
+run.py, a cell is a command line of one of the scripts, and finished cells are skipped. Intervals are over the seeds;
+the comparisons are the same for all.
 
-Nobody knows gold here. So the second half of --data trains nothing but a judge, a reward model that compares the
+There is no gold reward here, so the second half of --data trains only a judge, a reward model that compares the
 policies. With --iterations 0 there is neither PPO nor a judge, and all of --data trains the methods.
 """
 
@@ -53,7 +54,7 @@ def parse_args():
     add("--data", required=True, help="comparisons, as in the scripts")
     add("--eval-data", nargs="+", type=common.named_source, required=True, metavar="NAME=SOURCE")
     add("--output-dir", type=Path, default=Path("runs/real"))
-    add("--pairs", type=int, help="use only the first rows of each file")
+    add("--pairs", type=int, help="number of rows to use of each file (default: all)")
     add("--seeds", type=int, default=10, help="number of seeds, 2 or more for intervals (default: 10)")
     add("--jobs", type=int, default=1, help="processes; 0: only print (default: 1)")
     add("--cells", default=".*", help="run only those whose names match this regular expression")
@@ -61,7 +62,7 @@ def parse_args():
     add("--lr", default="2e-5", help="of the reward models (default: 2e-5)")
     add("--max-length", type=int, default=512, help="of prompt plus response in tokens (default: 512)")
     add("--iterations", type=int, default=100, help="of PPO (default: 100)")
-    add("--ppo-lr", type=float, default=5e-6, help="of the policies; the critics' is three times as high")
+    add("--ppo-lr", type=float, default=5e-6, help="of the policies (default: 5e-6); three times that for the critics")
     return parser.parse_args()
 
 

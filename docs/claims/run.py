@@ -3,10 +3,10 @@
     python docs/claims/run.py generalisation --seeds 10 --jobs 2
     python docs/claims/run.py generalisation --seeds 3 --size 128x4      a larger SFT model: hidden size x layers
 
-A cell is a command line of one of the scripts. It runs once for each seed, in runs/claims/<seed>/<cell>, unless it is
-there already. A seed has its own comparisons, meta set, reward heads, data order and samples; the SFT model is shared.
+A cell is a command line of one of the scripts. It runs once for each seed, in runs/claims/<seed>/<cell>; finished cells
+are skipped. A seed has its own comparisons, meta set, reward heads, data order and samples; the SFT model is shared.
 
-    a ± b         mean over the seeds and half of its 95 % interval (Student's t); differences are paired
+    a ± b         mean over the seeds and half-width of its 95 % interval (Student's t); differences are paired
     p             two-sided, for a mean of 0, with Holm's correction for the questions under the same figure
     seen          p < 0.05, and above 0
     not seen      the interval, at level 1 - 0.05 / (questions under the figure), ends below half a point of accuracy
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "docs/toy"))
 import make  # noqa: E402
 
-LAST = {"vote_strength.py": "train.jsonl", "ppo_loop.py": "samples.jsonl", "eval.py": "eval.json"}  # file of a cell
+LAST = {"vote_strength.py": "train.jsonl", "ppo_loop.py": "samples.jsonl", "eval.py": "eval.json"}  # a cell's last file
 TRAIN = ("--model {model} --data {dir}/toy-0.1/train.jsonl --seed {seed} --batch-size 32 --lr 5e-4 --max-length 64 "
          "--epochs 3 --eval-every 0 --save-every 0 --eval-data id={dir}/toy-0.1/id.jsonl ood={dir}/toy-0.1/ood.jsonl "
          "shifted={dir}/toy-0.1/shifted.jsonl noisy={dir}/toy-0.1/noisy.jsonl")
@@ -139,7 +139,7 @@ def read_metric(folders, cells, key):
 
 
 def interval(values, level=0.95):
-    """Values of the seeds (S,) -> mean, half of its interval, and two-sided p for a mean of 0, by Student's t. With
+    """Values of the seeds (S,) -> mean, half-width of its interval, two-sided p for a mean of 0, by Student's t. With
     t = sqrt(S - 1) tan(x), its density is proportional to cos(x)^(S - 2)."""
     edges, df = np.linspace(0, math.pi / 2, 200_001), len(values) - 1
     tail = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2)[::-1] ** (df - 1))[::-1]

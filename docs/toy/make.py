@@ -1,4 +1,5 @@
-"""The toy world: preference data whose true reward is a rule of one line. What CartPole is to control.
+"""The toy world: preference data whose true reward is a rule of one line, for reward modelling what CartPole is for
+control.
 
 A prompt asks for a number of things of a kind, a response is a list of words:
 
