@@ -94,6 +94,17 @@ def test_commands_parse(document, name, arguments, monkeypatch, tmp_path):
         assert {x for x in arguments if x.startswith("--")} <= {*re.findall(r'"(--[\w-]+)"', TEXTS[name])}
 
 
+def test_cells_of_the_experiments_parse(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs/claims")
+    args = argparse.Namespace(eval_data=[("test", "t.jsonl")], max_length=64, lr=1, members=2, iterations=1, ppo_lr=1)
+    cells = [*importlib.import_module("real").make_cells(args)]
+    cells += [importlib.import_module(table).CELLS for table in ("denoising", "generalisation", "ppo")]
+    for command in {command for table in cells for command in table.values()}:
+        monkeypatch.setattr("sys.argv", command.replace("{seed}", "1").split())
+        name = command.split()[0]
+        assert isinstance(importlib.import_module(name.removesuffix(".py")).parse_args(), argparse.Namespace)
+
+
 def test_the_documents_name_what_exists():
     flags = {flag for text in TEXTS.values() for flag in re.findall(r'"(--[a-z-]+)"', text)}
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv-backend", "--rdzv-endpoint", "--help"}
