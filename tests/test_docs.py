@@ -33,7 +33,7 @@ def commands():
             if not re.match(r" *(for .*)?(python|torchrun) ", line) or "git checkout" in line:
                 continue
             for name, rest in re.findall(r"(?:python|torchrun) [^;&|]*?([\w/]+\.py)([^;&|]*)", line):
-                rest = re.split(r"   |  #", rest)[0]  # what follows is a comment
+                rest = re.split(r"   |  #", rest)[0].replace("$flags", "--max-length 256")  # without a comment
                 yield document, name, shlex.split(re.sub(r"\$(\(\(.*?\)\)|\w+|\{\w+\})", "1", rest))
 
 
