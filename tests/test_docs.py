@@ -96,7 +96,8 @@ def test_commands_parse(document, name, arguments, monkeypatch, tmp_path):
 
 def test_cells_of_the_experiments_parse(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs/claims")
-    args = argparse.Namespace(eval_data=[("test", "t.jsonl")], max_length=64, lr=1, members=2, iterations=1, ppo_lr=1)
+    args = argparse.Namespace(eval_data=[("test", "test.jsonl")], max_length=64, max_new_tokens=8, lr=1, ppo_lr=1,
+                              members=2, iterations=1)
     cells = [*importlib.import_module("real").make_cells(args)]
     cells += [importlib.import_module(table).CELLS for table in ("denoising", "generalisation", "ppo")]
     for command in {command for table in cells for command in table.values()}:

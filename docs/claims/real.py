@@ -4,18 +4,20 @@
         --eval-data helpful=helpful_test.jsonl harmless=harmless_test.jsonl
     python docs/claims/real.py --size 128x3 --lr 5e-4 --iterations 0 ...    a small model, first trained on --data
 
-The first set of --eval-data is in distribution, the others are not. Votes, the model's samples and the judge are made
-once, in <output-dir>/shared. A seed has its own reward heads, data order and PPO samples, in <output-dir>/<seed>. As in
-run.py, a cell is a command line of one of the scripts, and finished cells are skipped. Intervals are over the seeds;
-the comparisons are the same for all.
+The first set of --eval-data is in distribution, the others are not. Voters, the model's samples and the judge are made
+once, in <output-dir>/shared. A seed has its own reward heads, data order and samples of the policies, in
+<output-dir>/<seed>. As in run.py, a cell is a command line of one of the scripts, and finished cells are skipped.
+Intervals are over the seeds, which share the pairs: a verdict is about these pairs.
 
 There is no gold reward here, so the second half of --data trains only a judge, a reward model that compares the
-policies. With --iterations 0 there is neither PPO nor a judge, and all of --data trains the methods.
+policies' responses to prompts of the first set. With --iterations 0 there is neither PPO nor a judge, and all of --data
+trains the methods. On one GPU, use several --jobs; the weights that no other cell reads are deleted.
 """
 
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -31,25 +33,46 @@ sys.path.append(str(ROOT))
 import common  # noqa: E402
 
 DENOISE = {
-    "margin": "--margin", "flip": "--flip 0.1", "S1": "--margin --label-smoothing 0.2 --smooth-on negative",
-    "S3": "--soft-targets 1", "decile-0": "--percentiles 0 10 --epochs 4",  # a tenth of the data, so more epochs
-    "decile-50": "--percentiles 50 60 --epochs 4", "decile-90": "--percentiles 90 100 --epochs 4",
-    "decile-0-flipped": "--percentiles 0 10 --epochs 4 --flip 1"}
-META = {"meta-0": "--eta 0", "meta-5e-6": "--eta 5e-6"}
-for eta in ("1e-3", "1e-2", "1e-1"):
-    META[f"meta-{eta}"] = f"--eta {eta} --ascent normalized"
-    META[f"alternate-{eta}"] = f"--eta {eta} --ascent normalized --update alternate"
-POLICIES = {}
-for name in ("baseline", "S3", "simcse"):
-    POLICIES[f"free-{name}"] = f"--kl-coef 0 --reward-model {{dir}}/{name}/model"
-    POLICIES[f"held-{name}"] = f"--kl-coef 0.05 --reward-model {{dir}}/{name}/model"
+    "margin": "--margin",
+    "flip": "--flip 0.1",
+    "S1": "--margin --label-smoothing 0.2 --smooth-on negative",
+    "S3": "--soft-targets 1",
+    "decile-0": "--percentiles 0 10 --epochs 8",  # a tenth of the data, so more epochs
+    "decile-50": "--percentiles 50 60 --epochs 8",
+    "decile-90": "--percentiles 90 100 --epochs 8",
+    "decile-0-flipped": "--percentiles 0 10 --epochs 8 --flip 1"}
+CONTRASTIVE = {
+    "dropout": "--beta 0",  # the noise of the views without the loss
+    "simcse": "--method simcse",
+    "swav": "--method swav"}
+META = {  # in float32, because bfloat16 rounds a small step away; meta-0 is their baseline
+    "meta-0": "--eta 0",
+    "plain-5e-6": "--eta 5e-6",
+    "restore-1e-3": "--ascent normalized --eta 1e-3",
+    "restore-1e-2": "--ascent normalized --eta 1e-2",
+    "restore-1e-1": "--ascent normalized --eta 1e-1",
+    "alternate-1e-3": "--ascent normalized --eta 1e-3 --update alternate",
+    "alternate-1e-2": "--ascent normalized --eta 1e-2 --update alternate",
+    "alternate-1e-1": "--ascent normalized --eta 1e-1 --update alternate"}
+POLICIES = {  # name: KL penalty and reward model
+    "free-baseline": (0, "baseline"),
+    "free-S3": (0, "S3"),
+    "free-simcse": (0, "simcse"),
+    "held-baseline": (0.05, "baseline"),
+    "held-S3": (0.05, "S3"),
+    "held-simcse": (0.05, "simcse"),
+    "held-meta": (0.05, "restore-1e-2")}
+DUELS = {  # the first policy of a comparison: those that it is compared with
+    "sft": [*POLICIES],
+    "free-baseline": ["free-S3", "free-simcse"],
+    "held-baseline": ["held-S3", "held-simcse", "held-meta"]}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="folder or hub id of a language model")
-    add("--size", help="instead of --model: hidden size x layers of a Llama to train on --data and --text")
+    model, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    model.add_argument("--model", help="folder or hub id of a language model")
+    model.add_argument("--size", help="hidden size x layers of a Llama to train on --data and --text first")
     add("--text", nargs="*", default=[], help="more comparisons, which only the model of --size is trained on")
     add("--data", required=True, help="comparisons, as in the scripts")
     add("--eval-data", nargs="+", type=common.named_source, required=True, metavar="NAME=SOURCE")
@@ -62,15 +85,22 @@ def parse_args():
     add("--lr", default="2e-5", help="of the reward models (default: 2e-5)")
     add("--max-length", type=int, default=512, help="of prompt plus response in tokens (default: 512)")
     add("--iterations", type=int, default=100, help="of PPO (default: 100)")
+    add("--max-new-tokens", type=int, default=128, help="of a policy's response (default: 128)")
     add("--ppo-lr", type=float, default=5e-6, help="of the policies (default: 5e-6); three times that for the critics")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if {"train", "judge"} & {name for name, _ in args.eval_data}:
+        parser.error("--eval-data: no set may have the name train or judge")
+    return args
 
 
 def as_messages(prompt, responses):
-    """A transcript and its responses -> lists of messages, which go through the model's chat template."""
-    parts = re.split(r"\n\n(Human|Assistant):", prompt)[1:-2]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[speaker], "content": text.strip()} for speaker, text in zip(parts[::2], parts[1::2])]
+    """A transcript (or a single question) and responses -> lists of messages, for the model's chat template."""
+    if "\n\nHuman:" not in prompt:
+        prompt = f"\n\nHuman: {prompt}\n\nAssistant:"
+    _, *parts = re.split(r"\n\n(Human|Assistant):", prompt)  # speaker, text, speaker, text, ..., Assistant, nothing
+    roles, turns = {"Human": "user", "Assistant": "assistant"}, []
+    for speaker, text in zip(parts[:-2:2], parts[1:-2:2]):
+        turns.append({"role": roles[speaker], "content": text.strip()})
     return turns, [[{"role": "assistant", "content": text.strip()}] for text in responses]
 
 
@@ -81,13 +111,15 @@ def write_data(args, folder):
         rows, lines = common.load_rows(source, "train" if name == "train" else "test"), []
         for row in rows.take(min(args.pairs or len(rows), len(rows))):
             prompt, responses = common.read_row(row)
-            if is_chat:
+            if prompt is None:  # chosen and rejected answer different prompts
+                continue
+            if is_chat and isinstance(prompt, str):
                 prompt, responses = as_messages(prompt, responses)
             lines.append(json.dumps({"prompt": prompt, "chosen": responses[0], "rejected": responses[1]}) + "\n")
         if name == "train" and args.iterations:
-            (folder / "judge.jsonl").write_text("".join(lines[len(lines) // 2 :]))
+            common.atomic_write(folder / "judge.jsonl", "".join(lines[len(lines) // 2 :]))
             lines = lines[: len(lines) // 2]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        common.atomic_write(folder / f"{name}.jsonl", "".join(lines))
 
 
 def make_model(folder, args):
@@ -105,7 +137,7 @@ def make_model(folder, args):
         num_hidden_layers=num_layers, max_position_embeddings=1024, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
     tokens = np.concatenate([[*ids[:1024], tokenizer.eos_token_id] for ids in tokenizer(list(texts)).input_ids])
-    blocks = torch.tensor(tokens[: len(tokens) // 2048 * 2048]).view(-1, 8, 256)  # (steps, 8, 256)
+    blocks = torch.tensor(tokens[: len(tokens) // 2048 * 2048]).view(-1, 4, 512)  # (steps, 4, 512)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1), []
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=len(blocks), pct_start=0.05)
     for batch in tqdm(blocks[torch.randperm(len(blocks))], "language model", mininterval=5):
@@ -123,38 +155,45 @@ def make_model(folder, args):
 
 def make_cells(args):
     """-> the cells that all seeds share, and those of a seed."""
-    sets = " ".join(f"{name}={{dir}}/../shared/{name}.jsonl" for name, _ in args.eval_data)
-    model = f"--model {{model}} --max-length {args.max_length}"
-    train = f"{model} --lr {args.lr} --batch-size 32 --data {{dir}}/../shared/train.jsonl"
-    once = "--eval-every 0 --save-every 0"  # evaluate at the end, no checkpoints
-    shared = {"vote": f"vote_strength.py {train} --members {args.members} --eval-data"}
-    sample = f"ppo_loop.py {model} --data {{dir}}/train.jsonl --max-new-tokens 64 --iterations 0"
-    shared["meta"] = f"{sample} --num-samples 1000 --k 4"
-    rm = f"{train} --seed {{seed}} {once} --eval-data {sets}"
-    cells = {"baseline": f"baseline_rm.py {rm}"}
+    names = [name for name, _ in args.eval_data]
+    sets = " ".join(f"{name}={{shared}}/{name}.jsonl" for name in names)
+    length = f"--max-length {args.max_length}"
+    setting = f"--model {{model}} {length} --lr {args.lr} --batch-size 32"
+    at_end = "--eval-every 0 --save-every 0"  # evaluate at the end, no checkpoints
+    sample = f"ppo_loop.py {length} --max-new-tokens {args.max_new_tokens} --rollout-batch-size 32 --iterations 0"
+    shared = {
+        "vote": f"vote_strength.py {setting} --data {{shared}}/train.jsonl --resume --seed 100 "
+                f"--members {args.members} --eval-data",
+        "meta": f"{sample} --model {{model}} --data {{shared}}/train.jsonl"}
+
+    setting += f" --seed {{seed}} {at_end} --eval-data {sets}"
+    train = f"{setting} --data {{shared}}/train.jsonl"
+    cells = {"baseline": f"baseline_rm.py {train}"}
     for name, flags in DENOISE.items():
-        cells[name] = f"denoise_rm.py {rm} --data {{dir}}/../shared/vote/train.jsonl {flags}"
-    for name in ("simcse", "swav"):
-        cells[name] = f"contrastive_rm.py {rm} --method {name}"
+        cells[name] = f"denoise_rm.py {setting} --data {{shared}}/vote/train.jsonl {flags}"
+    for name, flags in CONTRASTIVE.items():
+        cells[name] = f"contrastive_rm.py {train} {flags}"
     for name, flags in META.items():
-        cells[name] = f"meta_rm.py {rm} --meta-data {{dir}}/../shared/meta/samples.jsonl {flags}"
-    cells["features"] = (
-        f"eval.py --max-length {args.max_length} --eval-data {sets} --reward-models "
-        + " ".join(f"{name}={{dir}}/{name}/model" for name in ("baseline", "simcse", "swav")))
-    if args.iterations:
-        shared["sft"] = f"{sample} --num-samples 200 --k 1"
-        shared["judge"] = f"baseline_rm.py {train} --data {{dir}}/judge.jsonl --seed 1000 {once} --eval-data"
-        ppo = (f"ppo_loop.py {model} --data {{dir}}/../shared/train.jsonl --seed {{seed}} {once} --lr {args.ppo_lr} "
-               f"--critic-lr {3 * args.ppo_lr} --iterations {args.iterations} --batch-size 16 --max-new-tokens 64 "
-               f"--num-samples 200 --k 1 --eval-data {sets.split()[0]}")
-        for name, flags in POLICIES.items():
-            cells[name] = f"{ppo} {flags}"
-        files = {name: f"{{dir}}/{name}/samples.jsonl" for name in POLICIES}
-        files["sft"] = "{dir}/../shared/sft/samples.jsonl"
-        judge = f"eval.py --judge {{dir}}/../shared/judge/model --max-length {args.max_length} --policies"
-        for first in ("sft", "free-baseline", "held-baseline"):
-            others = [name for name in POLICIES if first == "sft" or name != first and name[:4] == first[:4]]
-            cells[f"against-{first}"] = " ".join([judge, *(f"{name}={files[name]}" for name in (first, *others))])
+        cells[name] = f"meta_rm.py {train} --meta-data {{shared}}/meta/samples.jsonl --dtype float32 {flags}"
+    models = " ".join(f"{name}={{dir}}/{name}/model" for name in ("baseline", *CONTRASTIVE))
+    cells["features"] = f"eval.py {length} --eval-data {sets} --reward-models {models}"
+    if not args.iterations:
+        return shared, cells
+
+    judge = setting.replace("{seed}", "1000")
+    shared["judge"] = f"baseline_rm.py {judge} --data {{shared}}/judge.jsonl"
+    prompts = f"--data {{shared}}/{names[0]}.jsonl --seed {{seed}} --num-samples 200 --k 1"
+    cells["sft"] = f"{sample} {prompts} --model {{model}}"
+    for name, (kl_coef, reward_model) in POLICIES.items():
+        cells[f"ppo-{name}"] = (
+            f"ppo_loop.py --model {{model}} {length} --max-new-tokens {args.max_new_tokens} --seed {{seed}} {at_end} "
+            f"--iterations {args.iterations} --batch-size 16 --rollout-batch-size 32 --lr {args.ppo_lr} "
+            f"--critic-lr {3 * args.ppo_lr} --kl-coef {kl_coef} --reward-model {{dir}}/{reward_model}/model "
+            f"--data {{shared}}/train.jsonl --num-samples 0 --eval-data {sets.split()[0]}")
+        cells[name] = f"{sample} {prompts} --model {{dir}}/ppo-{name}/policy"
+    for first, others in DUELS.items():
+        files = " ".join(f"{name}={{dir}}/{name}/samples.jsonl" for name in (first, *others))
+        cells[f"against-{first}"] = f"eval.py --judge {{shared}}/judge/model {length} --policies {files}"
     return shared, cells
 
 
@@ -169,36 +208,62 @@ def net_wins(folders, policy, against):
     return values
 
 
+def print_votes(rows):
+    """Figs. 1 and 2: rows with strengths -> how many are below 0, and the std of the votes in parts of the data."""
+    columns = "mean preference difference", "std preference difference"
+    votes = [[row[column] for column in columns] for row in rows if row[columns[0]] is not None]
+    strength, std = np.array(sorted(votes)).T
+    parts = [f"{part.mean():.3f}" for part in np.array_split(std, 20)]
+    print(f"strength < 0 in {np.mean(strength < 0):.1%} of {len(rows)} training pairs; std of the votes in each "
+          f"twentieth, weakest first: {', '.join(parts)}\n")
+
+
 def print_results(args, folders, cells):
     names = [name for name, _ in args.eval_data]
-    test, keys = f"eval/{names[0]}/accuracy", [f"eval/{name}/accuracy" for name in names]
-    models = [name for name in cells if cells[name].split()[0] not in ("ppo_loop.py", "eval.py")]
-    print_cells(folders, "reward models", models, [*keys, f"eval/{names[0]}/loss"], "baseline")
-    print_cells(folders, "features", ["baseline", "simcse", "swav"], [f"{name}/overlap" for name in names])
-    print_cells(folders, "MetaRM", META, ["mean/train/shift", "mean/train/update", "eval/meta/difference"])
+    keys = [f"eval/{name}/accuracy" for name in names]
+    loss = f"eval/{names[0]}/loss"
+    first, *others = keys
+    others = [key for key in others if read_metric(folders, "baseline", key).mean() > 0.5]  # below, damage would help
+    print_cells(folders, "reward models", ["baseline", *DENOISE, *CONTRASTIVE], [*keys, loss], "baseline")
+    print_cells(folders, "MetaRM", META, [*keys, "mean/train/shift", "mean/train/update", "eval/meta/difference"],
+                "meta-0")
+    print_cells(folders, "features", ["baseline", *CONTRASTIVE], [f"{name}/overlap" for name in names])
 
-    def elsewhere(name):
-        return np.mean([compare(folders, "", name, "baseline", key)[2] for key in keys[1:] or keys], axis=0)
-
-    claims = [("Fig. 4", 0.5, "decile-0", test), ("Fig. 5", "decile-0-flipped", 0.5, test)]
-    claims += [("Fig. 8", name, "baseline", test) for name in ("margin", "flip", "S1", "S3")]
-    claims += [("section 3.1", name, "baseline", test) for name in ("simcse", "swav")]
+    claims = [
+        ("Fig. 4", 0.5, "decile-0", first), ("Fig. 4", "decile-50", "decile-90", first),
+        ("Fig. 5", "decile-0-flipped", 0.5, first), ("Fig. 5", "decile-0-flipped", "decile-50", first)]
+    claims += [("Fig. 8", name, "baseline", first) for name in ("margin", "flip", "S1", "S3")]
+    claims += [("Fig. 8", "baseline", name, loss) for name in ("S1", "S3")]
+    claims += [("section 3.1", name, "baseline", key) for name in ("simcse", "swav") for key in (first, *others)]
     claims += [("Fig. 11", "baseline", "simcse", f"{name}/overlap") for name in names]
-    claims += [("Fig. 16", name, "meta-0", "eval/meta/difference") for name in META if name != "meta-0"]
-    claims = [compare(folders, *claim) for claim in claims]
-    for name in [name for name in META if name != "meta-0"]:
-        claims += [("MetaRM Table 1", f"mean accuracy on the other sets: {name} - baseline", elsewhere(name), 100),
-                   ("MetaRM Fig. 4", f"{test}: {name} - baseline + half a point",
-                    compare(folders, "", name, "baseline", test)[2] + 0.005, 100)]
+    ascents = []
+    for name in META:
+        shift, update = (read_metric(folders, name, f"mean/train/{key}").mean() for key in ("shift", "update"))
+        if shift > 0.01 * update:  # a smaller step changes nothing
+            ascents.append(name)
+    claims += [("Fig. 16", name, "meta-0", "eval/meta/difference") for name in ascents]
+    claims += [("MetaRM, other sets", name, "meta-0", key) for name in ascents for key in others]
     if args.iterations:
-        rows = [[name, *(show(read_metric(folders, name, f"ppo/{key}")) for key in ("kl", "score", "length")),
+        kl, length, ended = (f"eval/{names[0]}/{key}" for key in ("kl", "length", "ended"))
+        rows = [[name, *(show(read_metric(folders, f"ppo-{name}", key)) for key in (kl, length, ended)),
                  show(net_wins(folders, name, "sft"))] for name in POLICIES]
-        print_table(["policies", "KL", "score", "length", "win - lose against the SFT model"], rows)
+        print_table(["policies", "KL", "length", "ended", "win - lose against the SFT model"], rows)
+        claims += [("Fig. 12", "ppo-free-baseline", "ppo-free-simcse", kl)]
+    claims = [compare(folders, *claim) for claim in claims]
+    for name in ascents:
+        gain = read_metric(folders, name, first) - read_metric(folders, "meta-0", first)
+        text = f"{name} costs no accuracy on {names[0]}: gain + half a point, in points"
+        claims.append(("MetaRM Fig. 4", text, 100 * gain + 0.5, 1))
+    if args.iterations:
         for figure, policy, against in (
-                ("section 2.5", "held-baseline", "sft"), ("Fig. 9", "free-S3", "free-baseline"),
-                ("Fig. 12", "free-simcse", "free-baseline"), ("Fig. 13", "held-simcse", "held-baseline")):
+                ("section 2.5", "free-baseline", "sft"), ("section 2.5", "held-baseline", "sft"),
+                ("Fig. 10", "free-S3", "free-baseline"), ("Fig. 10", "held-S3", "held-baseline"),
+                ("Fig. 12", "free-simcse", "free-baseline"), ("Fig. 13", "held-simcse", "held-baseline"),
+                ("Table 3", "held-meta", "held-baseline")):
             text = f"win - lose by the judge: {policy} against {against}"
             claims.append((figure, text, net_wins(folders, policy, against), 1))
+        accuracies = [f"{read_metric([folders[0].parent / 'shared'], 'judge', key)[0]:.3f}" for key in keys]
+        print(f"accuracy of the judge on {', '.join(names)}: {', '.join(accuracies)}\n")
     print_verdicts(claims)
 
 
@@ -208,18 +273,25 @@ if __name__ == "__main__":
     shared, folders = output / "shared", [output / str(seed) for seed in range(args.seeds)]
     for folder in (shared, *folders):
         folder.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(value) for key, value in vars(args).items() if key not in ("seeds", "jobs", "cells")}
+    if (output / "args.json").exists() and json.loads((output / "args.json").read_text()) != settings:
+        raise SystemExit(f"error: {output} was begun with other flags: choose another --output-dir")
+    common.atomic_write(output / "args.json", json.dumps(settings, indent=1))
     if args.size:
         args.model = str(shared / "model")
-        if not (shared / "model/tokenizer.json").exists():
-            make_model(shared / "model", args)
     elif Path(args.model).exists():
         args.model = str(Path(args.model).resolve())
-    if not (shared / "train.jsonl").exists():
-        write_data(args, shared)
     shared_cells, cells = make_cells(args)
     if args.jobs:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
+        if args.size and not (shared / "model/tokenizer.json").exists():
+            make_model(shared / "model", args)
+        if not (shared / "train.jsonl").exists():
+            write_data(args, shared)
+        commands = " ".join(cells.values())
+        unread = [name for name in cells if f"{{dir}}/{name}/" not in commands]
         run_missing(shared_cells, args.cells, [shared], args.model, args.jobs)
-        run_missing(cells, args.cells, folders, args.model, args.jobs)
-    strength = [row["mean preference difference"] for row in read_lines(shared / "vote/train.jsonl")]
-    print(f"strength < 0 in {np.mean(np.less([x for x in strength if x is not None], 0)):.1%} of the training pairs\n")
+        run_missing(cells, args.cells, folders, args.model, args.jobs, unread)
+    if (shared / "vote/train.jsonl").exists():
+        print_votes(read_lines(shared / "vote/train.jsonl"))
     print_results(args, folders, cells)

@@ -71,18 +71,22 @@ def make_world(folder, seed, flip, model):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_missing(cells, names, folders, model, jobs):
+def run_missing(cells, names, folders, model, jobs, unread=()):
     """Run the missing cells whose names match the regular expression `names`: those of a seed in order, because they
-    need each other, and seeds in parallel."""
+    need each other, and seeds in parallel. `unread`: cells whose weights no other cell reads; they are deleted."""
     cells = {name: command for name, command in cells.items() if re.fullmatch(names, name)}
 
     def run_seed(folder):
+        values = {"dir": folder, "seed": folder.name, "model": model, "shared": folder.parent / "shared"}
         for name, command in cells.items():
-            script, *flags = [x.format(dir=folder, seed=folder.name, model=model) for x in command.split()]
+            script, *flags = [word.format(**values) for word in command.split()]
             if not (folder / name / LAST.get(script, "model/tokenizer.json")).exists():
                 with open(folder / f"{name}.log", "w") as log:
                     subprocess.run([sys.executable, script, "--output-dir", folder / name, *flags], cwd=ROOT,
                                    stdout=log, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ}, check=True)
+            if name in unread:
+                for path in (folder / name / "model").glob("*.safetensors"):
+                    path.unlink()
             bar.update()
 
     bar = tqdm(total=len(cells) * len(folders), desc="cells")
@@ -178,8 +182,8 @@ def print_cells(folders, title, cells, keys, base=None):
 
 
 def print_verdicts(claims):
-    """A row for each claim, in the form that `compare` gives."""
-    rows = []
+    """A row for each claim, in the form that `compare` gives; claims whose cells are missing are left out."""
+    claims, rows = [claim for claim in claims if not np.isnan(claim[2]).any()], []
     for figure in dict.fromkeys(claim[0] for claim in claims):
         family = [claim for claim in claims if claim[0] == figure]
         p_values = np.array([interval(claim[2])[2] for claim in family])
@@ -187,11 +191,12 @@ def print_verdicts(claims):
         p_values[order] = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1)).clip(max=1)
         for (_, text, values, scale), p in zip(family, p_values):
             mean, half, _ = interval(values, 1 - 0.05 / len(family))
-            verdict = "not run" if math.isnan(mean) else "undecided"
-            if p < 0.05 and mean > 0:
-                verdict = "seen"
-            elif mean + half < (0.005 if scale == 100 else 0):
-                verdict = "not seen"
+            verdict = "undecided"
+            if np.ptp(values) > 0:  # otherwise there are too few rows to tell the seeds apart
+                if p < 0.05 and mean > 0:
+                    verdict = "seen"
+                elif mean + half < (0.005 if scale == 100 else 0):
+                    verdict = "not seen"
             rows.append([figure, text, show(values, scale, "+"), f"{p:.2g}", verdict])
     print_table(["figure", "above 0 if the claim holds (accuracies in points)", "measured", "p", "verdict"], rows)
     print(f"{len(rows)} questions")

@@ -112,7 +112,7 @@ def make_model(tokenizer, seed=0, steps=400, hidden_size=64, num_layers=2):
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(WORDS), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_attention_heads=4,
         num_hidden_layers=num_layers, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3 * 64 / hidden_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in tqdm(range(steps), "SFT model", mininterval=5):
         prompts = [make_prompt(rng, rng.choice([1, 2])) for _ in range(64)]
