@@ -82,8 +82,11 @@ def run_missing(cells, names, folders, model, jobs, unread=()):
             script, *flags = [word.format(**values) for word in command.split()]
             if not (folder / name / LAST.get(script, "model/tokenizer.json")).exists():
                 with open(folder / f"{name}.log", "w") as log:
-                    subprocess.run([sys.executable, script, "--output-dir", folder / name, *flags], cwd=ROOT,
-                                   stdout=log, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ}, check=True)
+                    process = subprocess.run(
+                        [sys.executable, script, "--output-dir", folder / name, *flags], cwd=ROOT, stdout=log,
+                        stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ})
+                if process.returncode:
+                    raise SystemExit(f"error: cell {name} failed, see {folder / name}.log")
             if name in unread:
                 for path in (folder / name / "model").glob("*.safetensors"):
                     path.unlink()
@@ -173,12 +176,16 @@ def print_table(head, rows):
 
 
 def print_cells(folders, title, cells, keys, base=None):
-    """A row for each cell. Accuracies are gains over the cell `base`, in points, except in its own row."""
+    """A row for each cell that has been run. Accuracies are gains over the cell `base`, in points, except in its own
+    row."""
     def entry(cell, key):
         if "accuracy" in key and base not in (None, cell):
             return show(compare(folders, "", cell, base, key)[2], 100, "+")
         return show(read_metric(folders, cell, key), 100 if "accuracy" in key else 1)
-    print_table([title, *keys], [[cell, *(entry(cell, key) for key in keys)] for cell in cells])
+    rows = [[cell, *(entry(cell, key) for key in keys)] for cell in cells]
+    rows = [row for row in rows if {*row[1:]} != {"-"}]
+    if rows:
+        print_table([title, *keys], rows)
 
 
 def print_verdicts(claims):
@@ -192,11 +199,10 @@ def print_verdicts(claims):
         for (_, text, values, scale), p in zip(family, p_values):
             mean, half, _ = interval(values, 1 - 0.05 / len(family))
             verdict = "undecided"
-            if np.ptp(values) > 0:  # otherwise there are too few rows to tell the seeds apart
-                if p < 0.05 and mean > 0:
-                    verdict = "seen"
-                elif mean + half < (0.005 if scale == 100 else 0):
-                    verdict = "not seen"
+            if p < 0.05 and mean > 0:
+                verdict = "seen"
+            elif mean + half < (0.005 if scale == 100 else 0):
+                verdict = "not seen"
             rows.append([figure, text, show(values, scale, "+"), f"{p:.2g}", verdict])
     print_table(["figure", "above 0 if the claim holds (accuracies in points)", "measured", "p", "verdict"], rows)
     print(f"{len(rows)} questions")
