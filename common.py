@@ -92,8 +92,7 @@ def load_rows(source, split="train"):
     path, *parts = source.split(":")
     try:
         if re.search(r"\.(json|jsonl|parquet)(\.gz)?$", source):
-            kind = "parquet" if ".parquet" in source else "json"
-            rows = datasets.load_dataset(kind, data_files=source, split="train")
+            rows = datasets.load_dataset("parquet" if ".parquet" in path else "json", data_files=source, split="train")
         else:
             *config, split = parts or [split]
             rows = datasets.load_dataset(path, *config, split=split)
@@ -165,7 +164,7 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     def encode_row(row, number):
         prompt_ids, response_ids, truncated = [], [], False
         try:
-            prompt, responses = read_row(row)
+            prompt, responses = read_row({key: x for key, x in row.items() if x is not None})
             texts = [x if isinstance(x, str) else x[-1]["content"] for x in responses]
             if prompt and all(x.strip() for x in texts) and len(set(texts)) > 1:
                 prompt_ids, response_ids, truncated = encode(prompt, responses, tokenizer, max_length)
@@ -444,6 +443,7 @@ def save_model(folder, model, tokenizer):
     if RANK == 0:
         model.model.save_pretrained(folder, state_dict={k.removeprefix("model."): x for k, x in weights.items()})
         tokenizer.save_pretrained(folder)
+    print0(f"saved {folder}")
     dist.barrier()
 
 

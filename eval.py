@@ -13,7 +13,7 @@ What is measured on a set of --eval-data depends on the form of its rows:
     a prompt, `responses` and their true `scores` (or --gold)     true score of the best of n responses
 
 A policy is a file of rows of `prompt` and `responses` (the first one counts), from ppo_loop.py or vLLM. Tables, with
-95 % intervals, are printed and written to eval.md; eval.json also has the points of the curves.
+95 % intervals, are written to eval.md and, but for the long one, printed; eval.json also has the points of the curves.
 """
 
 import argparse
@@ -442,9 +442,9 @@ if __name__ == "__main__":
             records += [{"set": name, "model": "oracle", **x} for x in measure_best_of_n(targets, targets)]
     records.sort(key=lambda record: [*sets, None].index(record.get("set")))  # policies come last
     if RANK == 0:
-        text = markdown([record for record in records if record["table"] not in ("calibration", "differences")])
-        print0(text)
-        atomic_write(f"{args.output_dir}/eval.md", text)
+        tables = [record for record in records if record["table"] not in ("calibration", "differences")]
+        print0(markdown([record for record in tables if record["table"] != "strength"]))  # which is long
+        atomic_write(f"{args.output_dir}/eval.md", markdown(tables))
         atomic_write(f"{args.output_dir}/eval.json", "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
         if args.plot and sets:
             plot(f"{args.output_dir}/eval.png", records)

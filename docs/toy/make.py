@@ -5,7 +5,8 @@ A prompt asks for a number of things of a kind, a response is a list of words:
 
     Human: name three fruits                Assistant: apple plum fig
 
-The gold reward is +1 for each thing that was asked for, up to the number asked, and -1 for every other word. Annotators
+The gold reward is +1 for each different thing that was asked for, up to the number asked, and -1 for every other word,
+also for repetitions. Annotators
 choose by Bradley-Terry on the gold rewards, and a tenth of their labels is then flipped. About 15 % of the labels in
 train.jsonl are wrong, and in another 18 % of the pairs both responses have the same gold reward.
 
@@ -50,7 +51,7 @@ WORDS = ["<pad>", "<s>", "</s>", "<unk>", "Human:", "Assistant:", "name", "and",
 
 
 def gold(prompt, response):
-    """The true reward of a response: things that were asked for, up to the number asked, minus all other words."""
+    """The true reward of a response: different things asked for, up to the number asked, minus all other words."""
     asked, words = prompt.split(), response.split()
     number = next(NUMBERS[word] for word in asked if word in NUMBERS)
     right = min(number, len({word for word in words if KIND.get(word) in asked}))
