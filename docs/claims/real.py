@@ -244,11 +244,12 @@ def print_results(args, folders, cells):
     claims += [("Fig. 16", name, "meta-0", "eval/meta/difference") for name in ascents]
     claims += [("MetaRM, other sets", name, "meta-0", key) for name in ascents for key in others]
     if args.iterations:
-        kl, length, ended = (f"eval/{names[0]}/{key}" for key in ("kl", "length", "ended"))
-        rows = [[name, *(show(read_metric(folders, f"ppo-{name}", key)) for key in (kl, length, ended)),
-                 show(net_wins(folders, name, "sft"))] for name in POLICIES]
-        print_table(["policies", "KL", "length", "ended", "win - lose against the SFT model"], rows)
-        claims += [("Fig. 12", "ppo-free-baseline", "ppo-free-simcse", kl)]
+        columns, rows = [f"eval/{names[0]}/{key}" for key in ("kl", "length", "ended")], []
+        for name in POLICIES:
+            row = [show(read_metric(folders, f"ppo-{name}", key)) for key in columns]
+            rows.append([name, *row, show(net_wins(folders, name, "sft"))])
+        print_table(["policies", *columns, "win - lose against the SFT model"], rows)
+        claims += [("Fig. 12", "ppo-free-baseline", "ppo-free-simcse", columns[0])]
     claims = [compare(folders, *claim) for claim in claims]
     for name in ascents:
         gain = read_metric(folders, name, first) - read_metric(folders, "meta-0", first)

@@ -172,20 +172,23 @@ def compare(folders, figure, a, b, key, key_b=None):
 
 
 def print_table(head, rows):
-    print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), end="\n\n")
+    """Print a Markdown table without the rows where everything is missing."""
+    rows = [row for row in rows if {*row[1:]} != {"-"}]
+    if rows:
+        print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), end="\n\n")
 
 
 def print_cells(folders, title, cells, keys, base=None):
-    """A row for each cell that has been run. Accuracies are gains over the cell `base`, in points, except in its own
-    row."""
+    """A row for each cell. Accuracies are gains over the cell `base`, in points, except in its own row."""
     def entry(cell, key):
         if "accuracy" in key and base not in (None, cell):
             return show(compare(folders, "", cell, base, key)[2], 100, "+")
         return show(read_metric(folders, cell, key), 100 if "accuracy" in key else 1)
-    rows = [[cell, *(entry(cell, key) for key in keys)] for cell in cells]
-    rows = [row for row in rows if {*row[1:]} != {"-"}]
-    if rows:
-        print_table([title, *keys], rows)
+
+    rows = []
+    for cell in cells:
+        rows.append([cell, *(entry(cell, key) for key in keys)])
+    print_table([title, *keys], rows)
 
 
 def print_verdicts(claims):
