@@ -13,7 +13,7 @@ What is measured on a set of --eval-data depends on the form of its rows:
     a prompt, `responses` and their true `scores` (or --gold)     true score of the best of n responses
 
 A policy is a file of rows of `prompt` and `responses` (the first one counts), from ppo_loop.py or vLLM. Tables, with
-95 % intervals, are written to eval.md and, but for the long one, printed; eval.json also has the points of the curves.
+95 % intervals, are written to eval.md and printed (except the one by strength); eval.json also has points of curves.
 """
 
 import argparse

@@ -6,9 +6,9 @@ A prompt asks for a number of things of a kind, a response is a list of words:
     Human: name three fruits                Assistant: apple plum fig
 
 The gold reward is +1 for each different thing that was asked for, up to the number asked, and -1 for every other word,
-also for repetitions. Annotators
-choose by Bradley-Terry on the gold rewards, and a tenth of their labels is then flipped. About 15 % of the labels in
-train.jsonl are wrong, and in another 18 % of the pairs both responses have the same gold reward.
+also for repetitions. Annotators choose by Bradley-Terry on the gold rewards, and a tenth of their labels is then
+flipped. About 15 % of the labels in train.jsonl are wrong, and in another 18 % of the pairs both responses have the
+same gold reward.
 
     train, noisy    labels of the annotators, 4,000 and 1,000 comparisons
     id              the same distribution, gold labels
