@@ -15,7 +15,7 @@ and rejected in some pairs, and to give each pair a margin m and a target t:
     --margin               m = mu, which is negative for suspicious pairs                      Eq. 6
 
 They are applied in this order, and each fraction counts the pairs that the flags before it left. Without any of them
-this is baseline_rm.py. --flip swaps a pair and its soft target together, so it does not change a loss of soft targets.
+this is baseline_rm.py. With --soft-targets alone, --flip keeps the loss: it swaps a pair and its target together.
 
 The paper's "soft label + margin" can be read in three ways:
 

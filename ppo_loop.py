@@ -76,7 +76,7 @@ def parse_args():
     add("--num-responses", type=number(int, 1), default=4, help="responses to each prompt of an iteration")
     add("--lr", type=number(float, 0), default=5e-7, help="peak learning rate of the policy's AdamW")
     add("--critic-lr", type=number(float, 0), default=1.5e-6, help="peak learning rate of the critic's AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of iterations; then 1/sqrt decay")
+    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction for warm-up; then 1/sqrt decay")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
     add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
     add("--max-new-tokens", type=number(int, 1), default=512, help="maximum length of a response in tokens")
@@ -96,7 +96,7 @@ def parse_args():
     # of the distribution it samples from, and those of a nucleus are not defined once the policy has moved.
     add("--temperature", type=number(float, 0.01), default=0.8, help="temperature of sampling and log-probabilities")
     add("--kl-coef", type=number(float, 0), default=0.05, help="beta, the weight of the KL penalty; 0: none")
-    add("--reward-scaling", choices=["none", "std", "norm"], default="norm", help="by running std; norm: minus mean")
+    add("--reward-scaling", choices=["none", "std", "norm"], default="norm", help="divide by running std; norm: center")
     add("--reward-clip", type=number(float, 0), default=0.8, help="clip rescaled scores to +- this; 0: no clipping")
     # UNSTATED: the penalty; the clip ranges, here those of the authors' released PPO; whether to whiten advantages.
     add("--missing-eos-penalty", type=number(float, 0), default=1.0, help="subtracted if there is no stop token")

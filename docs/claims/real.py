@@ -128,7 +128,8 @@ def make_model(folder, args):
     for source in (args.data, *args.text):
         for row in common.load_rows(source):
             prompt, responses = common.read_row(row)
-            texts[prompt + responses[0]] = None
+            if prompt is not None:  # chosen and rejected answer the same prompt
+                texts[prompt + responses[0]] = None
     tokenizer = transformers.GPT2Tokenizer(pad_token="<pad>").train_new_from_iterator(texts, 8192)
     hidden_size, num_layers = map(int, args.size.split("x"))
     torch.manual_seed(0)
@@ -218,7 +219,8 @@ def print_votes(rows):
           f"twentieth, weakest first: {', '.join(parts)}\n")
 
 
-def print_results(args, folders, cells):
+def print_results(args, folders):
+    """The tables and verdicts of what has been run."""
     names = [name for name, _ in args.eval_data]
     keys = [f"eval/{name}/accuracy" for name in names]
     loss = f"eval/{names[0]}/loss"
@@ -295,4 +297,4 @@ if __name__ == "__main__":
         run_missing(cells, args.cells, folders, args.model, args.jobs, unread)
     if (shared / "vote/train.jsonl").exists():
         print_votes(read_lines(shared / "vote/train.jsonl"))
-    print_results(args, folders, cells)
+    print_results(args, folders)
