@@ -50,7 +50,7 @@ def parse_args():
     add("--batch-size", type=number(int, 1), default=32, help="comparisons per optimizer step, over all ranks")
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
+    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
     add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
     add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")

@@ -120,7 +120,7 @@ def read_row(row):
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         heads = [messages[:-1] for messages in pair]
-        if prompt and heads[0][: len(prompt)] != prompt:
+        if prompt and not {str(x["content"]).strip() for x in prompt} <= {str(x["content"]).strip() for x in heads[0]}:
             heads = [prompt + head for head in heads]
         return heads[0] if heads[0] == heads[1] else None, [messages[-1:] for messages in pair]
     if isinstance(pair[0], list):  # the authors' release
@@ -222,7 +222,7 @@ def load_tokenizer(name):
 
 class Batch(NamedTuple):
     """B prompts with k responses each, in R = B rows of T tokens or, if prompts are not shared, in R = B k rows."""
-    index: np.ndarray           # (B,) row numbers in the data set; empty if this rank has no rows left
+    index: np.ndarray           # (B,) row numbers in the data set; empty if no rows are left: row 0 stands in
     input_ids: torch.Tensor     # (R, T)
     segments: torch.Tensor      # (R, T) 0 for the prompt, j for response j, -1 for padding
     position_ids: torch.Tensor  # (R, T)
@@ -320,14 +320,11 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
         fatal(f"{flag} {name}: {type(model).__name__} is not a decoder with a linear `score` head")
     if missing and (flag != "--model" or missing != {"score.weight"}):
         fatal(f"{flag} {name} is no reward model: its files lack {', '.join(sorted(missing))}")
-    config = model.config.get_text_config()
-    if args.max_length > (getattr(config, "max_position_embeddings", None) or math.inf):
-        fatal(f"--max-length {args.max_length}: {flag} {name} has {config.max_position_embeddings} positions")
     if missing:  # UNSTATED: the paper gives no init of the head; this is the usual one
         torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return prepare(RewardModel(model, getattr(torch, args.dtype), device), args)
 
 
@@ -338,7 +335,10 @@ def decoder_layers(model):
 
 
 def prepare(model, args):
-    """Shard a RewardModel or Policy over the ranks with FSDP2, which computes in args.dtype. -> the model"""
+    """Shard a RewardModel or Policy with FSDP2, which casts to args.dtype. Exits if it has too few positions. -> it"""
+    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if args.max_length > positions:
+        fatal(f"--max-length {args.max_length}: {model.model.name_or_path} has {positions} positions")
     if args.gradient_checkpointing:
         model.model.activation_checkpointing_enable({"use_reentrant": False})
     if WORLD_SIZE > 1 or model.dtype != torch.float32 or args.offload:
@@ -378,8 +378,8 @@ def can_share_prompts(model, max_length):
 
 
 def clip_gradients(model, max_norm):
-    """Scale the gradients, whose shards lie on all ranks, to a norm of at most `max_norm`; -> the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    """Scale the gradients, sharded over the ranks, to a norm of at most `max_norm` (0: any); -> the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
@@ -451,7 +451,7 @@ def open_run(args, inputs, may_change=()):
     """Begin a run in --output-dir, where an earlier run is renamed, never overwritten. With --resume continue it if
     its flags, except `may_change`, and the files and folders in `inputs` are the same. -> its last step, or 0."""
     folder, path, metrics = (Path(args.output_dir, name) for name in ("", "args.json", "metrics.jsonl"))
-    if folder.is_file() or not path.exists() and any(x.suffix != ".tmp" for x in folder.glob("*")):
+    if folder.is_file() or any(x.suffix != ".tmp" for x in folder.glob("*")) and not path.exists():
         fatal(f"--output-dir {folder} has files that are not from a run: choose another folder")
     written = {str(x): x.stat().st_mtime for y in inputs if y for x in (Path(y), *Path(y).glob("*")) if x.is_file()}
     settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args), "input file times": written}))

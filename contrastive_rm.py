@@ -61,12 +61,12 @@ def parse_args():
         metavar="NAME=SOURCE", help="named sets to evaluate on")
     add("--output-dir", default="runs/contrastive_rm", help="folder for model/, metrics.jsonl, args.json and "
         "checkpoints")
-    add("--seed", type=number(int, 0), default=0, help="random seed for the reward head and the data order")
+    add("--seed", type=number(int, 0), default=0, help="random seed of head, data order, dropout, prototypes")
     add("--epochs", type=number(float, 0.001), default=1.0, help="passes over the data")
     add("--batch-size", type=number(int, 1), default=16, help="comparisons per optimizer step, over all ranks")
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
+    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
     add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
     add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory; "
         "also changes the dropout masks")

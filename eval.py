@@ -431,12 +431,12 @@ if __name__ == "__main__":
         fatal(f"--gold, --plot or --output-dir: {error!r}")
     sets = {name: (source, *load_set(source, gold)) for name, source in args.eval_data}
     items, scores = load_policies(args.policies, gold)
-
     records = compare_policies(items, scores, device, args) if items else []
     for name, folder in args.reward_models:
         model, tokenizer = load_model(folder, "--reward-models", device, args)
         for set_name, data in sets.items():
             records += [{"set": set_name, "model": name, **x} for x in evaluate(model, tokenizer, data, firsts, args)]
+        del model  # or the next one would be loaded beside it
     for name, (_, _, _, targets) in sets.items():
         if targets and isinstance(targets[0], np.ndarray):
             records += [{"set": name, "model": "oracle", **x} for x in measure_best_of_n(targets, targets)]

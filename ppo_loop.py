@@ -77,7 +77,7 @@ def parse_args():
     add("--lr", type=number(float, 0), default=5e-7, help="peak learning rate of the policy's AdamW")
     add("--critic-lr", type=number(float, 0), default=1.5e-6, help="peak learning rate of the critic's AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction for warm-up; then 1/sqrt decay")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
+    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
     add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
     add("--max-new-tokens", type=number(int, 1), default=512, help="maximum length of a response in tokens")
     add("--rollout-batch-size", type=number(int, 1), default=8, help="prompts whose responses are sampled together")
@@ -318,7 +318,7 @@ def score_rollouts(prompts, responses, models, tokenizer, gold, args):
         means["score_std"] = scores.std(1).mean()
     means = {key: value.item() for key, value in means.items()}
     if gold:
-        means["gold"] = np.mean([gold(x, text) for x, y in zip(texts, responses) for text in decode(x, y, tokenizer)])
+        means["gold"] = np.mean([gold(x, text) for x, y in zip(texts, responses) for text in decode("", y, tokenizer)])
     return rows, scores, ended, logp, reference, mask, means
 
 

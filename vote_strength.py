@@ -60,7 +60,7 @@ def parse_args():
     add("--batch-size", type=number(int, 1), default=32, help="comparisons per optimizer step, over all ranks")
     add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
     add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm")
+    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
     add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
     add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--resume", action="store_true", help="train only the members whose votes --output-dir lacks")
@@ -163,8 +163,8 @@ if __name__ == "__main__":
     if len(sources) < 1 + len(args.eval_data):
         fatal("--eval-data: names must be unique and not `train`")
     tokenizer = load_tokenizer(args.model)
-    raw = {name: pair_responses(load_rows(source, "train" if name == "train" else "test"))
-           for name, source in sources.items()}
+    raw = {"train": load_rows(args.data)}
+    raw.update({name: pair_responses(load_rows(source, "test")) for name, source in args.eval_data})
     sets = {name: tokenize(rows, sources[name], tokenizer, args.max_length) for name, rows in raw.items()}
     open_run(args, [args.model, *sources.values()], may_change=["seed", "members"])
 

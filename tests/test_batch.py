@@ -141,6 +141,14 @@ def test_head_and_dropout(llama, tmp_path, tokenizer):
     assert head.std().item() == pytest.approx(1 / np.sqrt(33), rel=0.09)  # 4.5 standard errors
 
 
+@pytest.mark.parametrize("max_norm, clipped", [(1.0, [0.6, 0.8]), (9.0, [3.0, 4.0]), (0, [3.0, 4.0])])
+def test_clipping(max_norm, clipped):
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert common.clip_gradients(layer, max_norm) == 5
+    assert layer.weight.grad[0].tolist() == pytest.approx(clipped, rel=1e-5)
+
+
 def test_each_epoch_is_a_permutation():
     for epoch in (0, 1):
         parts = [common.batch_indices(103, 8, 5, epoch * 13 + i) for i in range(13)]

@@ -28,7 +28,7 @@ CHAT_FORMS = {
     "prompt": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
     "repeated prompt": {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "text": {"prompt": USER["content"], "chosen": [GOOD], "rejected": [BAD]},
-    "repeated text": {"prompt": USER["content"], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "repeated text": {"prompt": USER["content"] + "\n", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "responses": {"prompt": [USER], "responses": [[GOOD], [BAD]]},
 }
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -68,6 +68,9 @@ def test_read_row():
     assert responses == [" saw axe", " saw"]
     row = {"prompt": "name", "chosen": "name two", "rejected": "dog"}  # one response just quotes
     assert common.read_row(row) == ("name", ["name two", "dog"])
+    system = {"role": "system", "content": "be brief"}  # the prompt is repeated, but does not come first
+    row = {"prompt": USER["content"], "chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}
+    assert common.read_row(row) == ([system, USER], [[GOOD], [BAD]])
 
 
 @pytest.mark.parametrize("row", [

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, data, settings, shell
+from conftest import ROOT, data, settings, shell, toy
 from safetensors.torch import load_file
 from test_batch import DATA, ROWS, SEPARATES, SHARES, load
 from test_run import ends_alike, finished, records
@@ -241,6 +241,18 @@ def test_killed_and_resumed_with_tied_weights(tmp_path, tokenizer, reward_model)
     assert "--resume" in process.communicate()[1] and process.returncode
 
 
+def test_gold_gets_the_texts_of_conversations(ppo, llama):
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    for folder in (shutil.copytree(llama, "lm"), "rm"):
+        tokenizer.save_pretrained(folder)
+    Path("chat.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "name two fruits"}]}) + "\n")
+    Path("gold.py").write_text("def gold(prompt, response):\n    return isinstance(response, str)\n")
+    ppo("--model", "lm", "--data", "chat.jsonl", "--eval-data", "chat=chat.jsonl", "--gold", "gold.py",
+        "--iterations", 1)
+    assert records(RUN)[-1]["eval/chat/gold"] == records(RUN)[-1]["ppo/gold"] == 1
+
+
 def test_the_loop_of_the_docstring(llama, tmp_path):
     """Two tiny rounds of iterated RLHF, word for word but for the sizes."""
     loop = re.search(r"    cp docs.*?done\n", ppo_loop.__doc__, re.S)[0].replace("1 2 3", "1 2")
@@ -260,7 +272,7 @@ def test_the_loop_of_the_docstring(llama, tmp_path):
     (["--kl-coef", "-1"], "--kl-coef"), (["--missing-eos-penalty", "nan"], "--missing-eos-penalty"),
     (["--max-new-tokens", "64"], "--max-new-tokens"), (["--data", "none.jsonl"], "none.jsonl"),
     (["--data", "bad.jsonl"], "bad.jsonl: row 2"), (["--reward-model", "nowhere"], "nowhere"),
-    (["--model", "rm"], "--model rm"),
+    (["--model", "rm"], "--model rm"), (["--iterations", "0", "--max-length", "257"], "--max-length"),
     (["--reward-model", "lm"], "lm"), (["--reward-model", "words"], "tokenizer"), (["--gold", "none.py"], "none.py"),
     (["--lr", "1e30", "--max-grad-norm", "1e30"], "--lr")])
 def test_bad_input(flags, name, ppo, llama, tokenizer):

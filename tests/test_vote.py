@@ -94,8 +94,10 @@ def test_two_ranks_vote_alike(llama, tmp_path, script):
 
 @pytest.mark.parametrize("flags, name", [
     (["--members", "0"], "--members"), (["--eval-data", "train=x.jsonl"], "--eval-data"),
+    (["--data", "policy.jsonl"], "policy.jsonl"),  # without labels
     (["--lr", "1e30", "--max-grad-norm", "1e30"], "learning rate")])
 def test_bad_input(flags, name, script):
+    Path("policy.jsonl").write_text(json.dumps({"prompt": "name", "responses": [" fig", " dog", " pear"]}) + "\n")
     with pytest.raises(SystemExit) as error:
         script("vote_strength.py", *flags)
     assert name in str(error.value) and "\n" not in str(error.value)

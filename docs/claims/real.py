@@ -128,8 +128,10 @@ def make_model(folder, args):
     for source in (args.data, *args.text):
         for row in common.load_rows(source):
             prompt, responses = common.read_row(row)
-            if prompt is not None:  # chosen and rejected answer the same prompt
+            if isinstance(prompt, str):  # not None: chosen and rejected answer the same prompt
                 texts[prompt + responses[0]] = None
+    if not texts:
+        raise SystemExit("error: --size: --data and --text hold no texts (conversations need a --model)")
     tokenizer = transformers.GPT2Tokenizer(pad_token="<pad>").train_new_from_iterator(texts, 8192)
     hidden_size, num_layers = map(int, args.size.split("x"))
     torch.manual_seed(0)
@@ -194,7 +196,8 @@ def make_cells(args):
         cells[name] = f"{sample} {prompts} --model {{dir}}/ppo-{name}/policy"
     for first, others in DUELS.items():
         files = " ".join(f"{name}={{dir}}/{name}/samples.jsonl" for name in (first, *others))
-        cells[f"against-{first}"] = f"eval.py --judge {{shared}}/judge/model {length} --policies {files}"
+        cells[f"against-{first}"] = (
+            f"eval.py --judge {{shared}}/judge/model --prompt-format text {length} --policies {files}")
     return shared, cells
 
 

@@ -120,7 +120,7 @@ def read_cell(folder, cell):
     vote_strength.py and eval.py say ("<set>/<key>", "<set>/<segment>/<key>")."""
     records, numbers = read_lines(folder / cell / "metrics.jsonl"), {}
     parts = {"": records[-1:], "first/": records[:1], "mean/": records,
-             "KL 0 to 1/": [x for x in records if 0 <= x.get("ppo/kl", -1) < 1],
+             "KL 0 to 1/": [x for x in records if x.get("ppo/kl", 99) < 1],
              "KL 6 to 8/": [x for x in records if 6 <= x.get("ppo/kl", -1) < 8]}
     for prefix, part in parts.items():
         for key in {key for record in part for key in record}:

@@ -20,8 +20,8 @@ same gold reward.
     python docs/toy/make.py --output-dir DIR                         makes what lies in docs/toy
     python docs/toy/make.py --output-dir DIR --seed 3 --flip 0.25    another world with other noise
 
-voted.jsonl is the train.jsonl that `python vote_strength.py` writes, without its two lists of scores, and reward_model/
-the model that `python baseline_rm.py` writes.
+voted.jsonl is the train.jsonl that `python vote_strength.py` writes, without its two lists of scores and
+rounded, and reward_model/ the model that `python baseline_rm.py` writes.
 """
 
 import argparse
