@@ -4,7 +4,7 @@
     deciles.png                      python docs/claims/run.py denoising
     features.png, differences.png    python docs/claims/run.py generalisation
     ppo.png                          python docs/claims/run.py ppo
-    best_of_n.png                    the README's reward models, then
+    best_of_n.png                    the README's reward models but for denoise_rm.py's, and SwAV's, then
 
         python ppo_loop.py --iterations 0 --num-samples 300 --k 64 --output-dir runs/samples
         python eval.py --reward-models runs/*/model --gold docs/toy/make.py --eval-data n=runs/samples/samples.jsonl

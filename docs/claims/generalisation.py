@@ -31,7 +31,7 @@ for world in ("", "random-"):
     COMPARISONS += [("Fig. 11", f"{world}baseline", f"{world}simcse", key) for key in ("id/overlap", "shifted/overlap")]
     COMPARISONS += [("section 3.1", f"{world}{name}", f"{world}baseline", ID) for name in CONTRASTIVE]
 for name in META:
-    COMPARISONS += [("MetaRM Table 1", name, "baseline", SHIFTED)]
+    COMPARISONS += [("MetaRM, shifted", name, "baseline", SHIFTED)]
     COMPARISONS += [("Fig. 16", name, "baseline", key) for key in DIFFERENCES]
 
 
