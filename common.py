@@ -335,7 +335,7 @@ def decoder_layers(model):
 
 
 def prepare(model, args):
-    """Shard a RewardModel or Policy with FSDP2, which casts to args.dtype. Exits if it has too few positions. -> it"""
+    """Shard a RewardModel or Policy with FSDP2, cast to args.dtype; exits if it has too few positions. -> the model"""
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.max_length > positions:
         fatal(f"--max-length {args.max_length}: {model.model.name_or_path} has {positions} positions")
