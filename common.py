@@ -199,8 +199,6 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
 
 def load_sets(pairs, tokenizer, max_length):
     """(name, source) pairs -> {name: tokenised data set}."""
-    if len(dict(pairs)) < len(pairs):
-        fatal("--eval-data: two sets have the same name")
     return {name: tokenize(load_rows(source, "test"), source, tokenizer, max_length) for name, source in pairs}
 
 
@@ -222,7 +220,7 @@ def load_tokenizer(name):
 
 class Batch(NamedTuple):
     """B prompts with k responses each, in R = B rows of T tokens or, if prompts are not shared, in R = B k rows."""
-    index: np.ndarray           # (B,) row numbers in the data set; empty if no rows are left: row 0 stands in
+    index: np.ndarray           # (B,) row numbers; empty on a rank without rows, whose tensors hold row 0
     input_ids: torch.Tensor     # (R, T)
     segments: torch.Tensor      # (R, T) 0 for the prompt, j for response j, -1 for padding
     position_ids: torch.Tensor  # (R, T)
@@ -450,6 +448,8 @@ def save_model(folder, model, tokenizer):
 def open_run(args, inputs, may_change=()):
     """Begin a run in --output-dir, where an earlier run is renamed, never overwritten. With --resume continue it if
     its flags, except `may_change`, and the files and folders in `inputs` are the same. -> its last step, or 0."""
+    if len(dict(args.eval_data)) < len(args.eval_data):
+        fatal("--eval-data: two sets have the same name")
     folder, path, metrics = (Path(args.output_dir, name) for name in ("", "args.json", "metrics.jsonl"))
     if folder.is_file() or any(x.suffix != ".tmp" for x in folder.glob("*")) and not path.exists():
         fatal(f"--output-dir {folder} has files that are not from a run: choose another folder")

@@ -15,7 +15,7 @@ and rejected in some pairs, and to give each pair a margin m and a target t:
     --margin               m = mu, which is negative for suspicious pairs                      Eq. 6
 
 They are applied in this order, and each fraction counts the pairs that the flags before it left. Without any of them
-this is baseline_rm.py. With --soft-targets alone, --flip keeps the loss: it swaps a pair and its target together.
+this is baseline_rm.py. With --soft-targets alone, --flip has no effect: it swaps a pair and its target.
 
 The paper's "soft label + margin" can be read in three ways:
 
@@ -85,7 +85,7 @@ def parse_args():
     add("--smooth-on", choices=["all", "negative"], default="all", help="smooth all pairs, or those of negative "
         "strength")
     add("--soft-targets", type=number(float, 0), default=0.0, help="temperature T of the targets; 0: hard targets")
-    if parser.parse_known_args()[0].model == "docs/toy/model":
+    if parser.parse_known_args()[0].model.rstrip("/") == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
 

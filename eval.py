@@ -362,9 +362,9 @@ def compare_policies(items, scores, device, args):
         words = interval("words", np.array([len(text.split()) for text in texts]))
         records.append({"table": "policies", "policy": name, "prompts": len(texts), **words, **diversity,
                         **interval("gold", scores[:, j])})
-    if args.judge.startswith("http"):  # one rank asks, and writes
-        verdicts = [judge_both_orders(lambda texts: ask_server(texts, args), prompts, column, columns[0])
-                    for column in columns[1:] if RANK == 0]
+    if args.judge.startswith("http"):
+        asked = columns[1:] if RANK == 0 else []  # one rank asks, and writes
+        verdicts = [judge_both_orders(lambda texts: ask_server(texts, args), prompts, x, columns[0]) for x in asked]
     else:
         if args.judge != "gold":
             model, tokenizer = load_model(args.judge, "--judge", device, args)

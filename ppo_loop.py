@@ -76,7 +76,7 @@ def parse_args():
     add("--num-responses", type=number(int, 1), default=4, help="responses to each prompt of an iteration")
     add("--lr", type=number(float, 0), default=5e-7, help="peak learning rate of the policy's AdamW")
     add("--critic-lr", type=number(float, 0), default=1.5e-6, help="peak learning rate of the critic's AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction for warm-up; then 1/sqrt decay")
+    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of iterations for warm-up, then 1/sqrt")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
     add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
     add("--max-new-tokens", type=number(int, 1), default=512, help="maximum length of a response in tokens")
@@ -105,7 +105,7 @@ def parse_args():
     add("--clip-range-value", type=number(float, 0), default=0.2, help="clip range of the change in value; 0: none")
     add("--whiten-advantages", action=argparse.BooleanOptionalAction, default=True, help="to mean 0 and std 1")
     known = parser.parse_known_args()[0]
-    if "docs/toy/model" in (known.model, known.reference):
+    if "docs/toy/model" in (known.model.rstrip("/"), known.reference):
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
 
@@ -360,7 +360,7 @@ if __name__ == "__main__":
         optimizers = [torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0,
                                         fused=device.type == "cuda")
                       for part, lr, eps in ((policy, args.lr, 1e-6), (critic, args.critic_lr, 1e-8))]
-    start = open_run(args, [args.model, args.reference or "", args.reward_model, args.data])
+    start = open_run(args, [args.model, args.reference, args.reward_model, args.data])
     if start:
         load_checkpoint(args.output_dir, parts, optimizers, start)
     elif args.iterations:
@@ -369,7 +369,7 @@ if __name__ == "__main__":
     bar = tqdm(range(start, args.iterations), "PPO", args.iterations, initial=start, mininterval=1, disable=RANK > 0)
     for step in bar:
         began = time.time()
-        # UNSTATED: the schedule. This is that of the authors' released PPO.
+        # UNSTATED: the schedule and AdamW's settings. Here they are those of the authors' released PPO.
         warmup = max(1, round(args.iterations * args.warmup_ratio))
         for optimizer, lr in zip(optimizers, (args.lr, args.critic_lr)):
             optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))

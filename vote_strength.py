@@ -18,7 +18,7 @@ Watch the printed table: the weakest groups hold the wrong labels (Figs. 2 and 3
 
 The members are trained one after the other. To train one on each GPU, start several processes on the same folder, then
 count: `CUDA_VISIBLE_DEVICES=3 python vote_strength.py --resume --seed 3 --members 1 &` and so on for every seed, then
-`python vote_strength.py --resume`.
+`wait; python vote_strength.py --resume`.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def parse_args():
         help="dtype of the computation; weights, scores and losses are always float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
-    if parser.parse_known_args()[0].model == "docs/toy/model":
+    if parser.parse_known_args()[0].model.rstrip("/") == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
 

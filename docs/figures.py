@@ -1,13 +1,15 @@
-"""Draw the README's figures into docs/ from the files that runs leave. A figure whose files are missing is skipped.
+"""Draw the README's figures into docs/ from the files that runs write. A figure whose files are missing is skipped.
 
     strength.png                     docs/toy/voted.jsonl
     deciles.png                      python docs/claims/run.py denoising
     features.png, differences.png    python docs/claims/run.py generalisation
     ppo.png                          python docs/claims/run.py ppo
-    best_of_n.png                    the README's reward models but for denoise_rm.py's, and SwAV's, then
+    best_of_n.png                    the runs of baseline_rm.py, contrastive_rm.py, meta_rm.py and
 
+        python contrastive_rm.py --method swav --output-dir runs/swav
         python ppo_loop.py --iterations 0 --num-samples 300 --k 64 --output-dir runs/samples
-        python eval.py --reward-models runs/*/model --gold docs/toy/make.py --eval-data n=runs/samples/samples.jsonl
+        python eval.py --reward-models runs/{baseline_rm,contrastive_rm,meta_rm,swav}/model --gold docs/toy/make.py \\
+            --eval-data n=runs/samples/samples.jsonl
 """
 
 import argparse

@@ -29,11 +29,11 @@ def commands():
     """The shell commands of the documents and of docstrings that start a .py file: (document, file, its arguments)."""
     docstrings = {name: ast.get_docstring(ast.parse(text), clean=False) or "" for name, text in TEXTS.items()}
     for document, text in {**DOCS, **docstrings}.items():
-        for line in re.sub(r"\\\n", " ", text).splitlines():
+        for line in re.sub(r"\\\n *", " ", text).splitlines():
             if not re.match(r" *(for .*)?(python|torchrun) ", line) or "git checkout" in line:
                 continue
             for name, rest in re.findall(r"(?:python|torchrun) [^;&|]*?([\w/]+\.py)([^;&|]*)", line):
-                rest = re.split(r"   |  #", rest)[0].replace("$flags", "--max-length 256")  # without a comment
+                rest = re.split(r"   |  #", rest)[0].replace('"${flags[@]}"', "--max-length 256")  # without a comment
                 yield document, name, shlex.split(re.sub(r"\$(\(\(.*?\)\)|\w+|\{\w+\})", "1", rest))
 
 

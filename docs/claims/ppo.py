@@ -52,7 +52,7 @@ DUELS = [*(("Fig. 10", f"free-{name}", "free-baseline-1") for name in ("flip-1",
 
 
 def more_claims(folders):
-    """Win - lose by gold of the samples, on training prompts; id and train share the same 32."""
+    """Win - lose by gold of the samples, whose prompts are from the training set; `id` has the same 32."""
     def win_rate(a, b):
         rows = zip(read_lines(a / "samples.jsonl"), read_lines(b / "samples.jsonl"))
         return np.mean([np.sign(make.gold(x["prompt"], first) - make.gold(y["prompt"], second))

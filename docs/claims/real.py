@@ -82,11 +82,11 @@ def parse_args():
     add("--jobs", type=int, default=1, help="processes; 0: only print (default: 1)")
     add("--cells", default=".*", help="run only those whose names match this regular expression")
     add("--members", type=int, default=10, help="voters (default: 10)")
-    add("--lr", default="2e-5", help="of the reward models (default: 2e-5)")
-    add("--max-length", type=int, default=512, help="of prompt plus response in tokens (default: 512)")
-    add("--iterations", type=int, default=100, help="of PPO (default: 100)")
-    add("--max-new-tokens", type=int, default=128, help="of a policy's response (default: 128)")
-    add("--ppo-lr", type=float, default=5e-6, help="of the policies (default: 5e-6); three times that for the critics")
+    add("--lr", default="2e-5", help="peak learning rate of the reward models (default: 2e-5)")
+    add("--max-length", type=int, default=512, help="maximum length of prompt plus response in tokens (default: 512)")
+    add("--iterations", type=int, default=100, help="PPO iterations (default: 100)")
+    add("--max-new-tokens", type=int, default=128, help="maximum length of a response in tokens (default: 128)")
+    add("--ppo-lr", type=float, default=5e-6, help="peak learning rate of PPO (default: 5e-6); of critics: triple")
     args = parser.parse_args()
     if {"train", "judge"} & {name for name, _ in args.eval_data}:
         parser.error("--eval-data: no set may have the name train or judge")
@@ -218,7 +218,7 @@ def print_votes(rows):
     votes = [[row[column] for column in columns] for row in rows if row[columns[0]] is not None]
     strength, std = np.array(sorted(votes)).T
     parts = [f"{part.mean():.3f}" for part in np.array_split(std, 20)]
-    print(f"strength < 0 in {np.mean(strength < 0):.1%} of {len(rows)} training pairs; std of the votes in each "
+    print(f"strength < 0 in {np.mean(strength < 0):.1%} of {len(votes)} training pairs; std of the votes in each "
           f"twentieth, weakest first: {', '.join(parts)}\n")
 
 

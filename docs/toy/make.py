@@ -7,7 +7,7 @@ A prompt asks for a number of things of a kind, a response is a list of words:
 
 The gold reward is +1 for each different thing that was asked for, up to the number asked, and -1 for every other word,
 also for repetitions. Annotators choose by Bradley-Terry on the gold rewards, and a tenth of their labels is then
-flipped. About 15 % of the labels in train.jsonl are wrong, and in another 18 % of the pairs both responses have the
+flipped. 16 % of the labels in train.jsonl are wrong, and in another 18 % of the pairs both responses have the
 same gold reward.
 
     train, noisy    labels of the annotators, 4,000 and 1,000 comparisons
@@ -144,8 +144,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="random seed of everything")
     parser.add_argument("--flip", type=float, default=0.1, help="fraction of the annotators' labels that are flipped")
     parser.add_argument("--rows", type=int, help="comparisons in train.jsonl (default: 4,000)")
-    parser.add_argument("--hidden-size", type=int, default=64, help="of the SFT model")
-    parser.add_argument("--num-layers", type=int, default=2, help="of the SFT model")
+    parser.add_argument("--hidden-size", type=int, default=64, help="hidden size of the SFT model")
+    parser.add_argument("--num-layers", type=int, default=2, help="layers of the SFT model")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     files = {split: make_comparisons(split, args.rows if split == "train" else None, args.seed, args.flip)
