@@ -60,7 +60,7 @@ def parse_args():
         help="dtype of the computation; weights, scores and losses are always float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
-    if parser.parse_known_args()[0].model.rstrip("/") == "docs/toy/model":
+    if parser.parse_known_args()[0].model == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
 

@@ -85,7 +85,7 @@ def parse_args():
     add("--smooth-on", choices=["all", "negative"], default="all", help="smooth all pairs, or those of negative "
         "strength")
     add("--soft-targets", type=number(float, 0), default=0.0, help="temperature T of the targets; 0: hard targets")
-    if parser.parse_known_args()[0].model.rstrip("/") == "docs/toy/model":
+    if parser.parse_known_args()[0].model == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
 

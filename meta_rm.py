@@ -1,4 +1,4 @@
-"""Reward modelling for a policy that moves: MetaRM, meant to keep the policy's new responses apart without labels.
+"""Reward modelling for a policy that moves: MetaRM, meant to tell the policy's new responses apart without labels.
 
 Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), section 3.2, and Alleviating
 Shifted Distribution in Human Preference Alignment through Meta-Learning (arXiv 2405.00438).
@@ -74,7 +74,7 @@ def parse_args():
     add("--update", choices=["restore", "alternate"], default="restore", help="apply the gradient to theta or theta'")
     add("--meta-data", default="runs/ppo_loop/samples.jsonl", help="rows of prompt and k responses of the policy")
     add("--meta-batch-size", type=number(int, 1), default=16, help="prompts per optimizer step, over all ranks")
-    if parser.parse_known_args()[0].model.rstrip("/") == "docs/toy/model":
+    if parser.parse_known_args()[0].model == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
 

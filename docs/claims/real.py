@@ -86,7 +86,7 @@ def parse_args():
     add("--max-length", type=int, default=512, help="maximum length of prompt plus response in tokens (default: 512)")
     add("--iterations", type=int, default=100, help="PPO iterations (default: 100)")
     add("--max-new-tokens", type=int, default=128, help="maximum length of a response in tokens (default: 128)")
-    add("--ppo-lr", type=float, default=5e-6, help="peak learning rate of PPO (default: 5e-6); of critics: triple")
+    add("--ppo-lr", type=float, default=5e-6, help="peak learning rate of PPO (default: 5e-6); critics: 3 times that")
     args = parser.parse_args()
     if {"train", "judge"} & {name for name, _ in args.eval_data}:
         parser.error("--eval-data: no set may have the name train or judge")

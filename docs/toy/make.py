@@ -7,8 +7,8 @@ A prompt asks for a number of things of a kind, a response is a list of words:
 
 The gold reward is +1 for each different thing that was asked for, up to the number asked, and -1 for every other word,
 also for repetitions. Annotators choose by Bradley-Terry on the gold rewards, and a tenth of their labels is then
-flipped. 16 % of the labels in train.jsonl are wrong, and in another 18 % of the pairs both responses have the
-same gold reward.
+flipped. In train.jsonl 16 % of the labels are wrong, and in another 18 % of the pairs both responses have the same
+gold reward.
 
     train, noisy    labels of the annotators, 4,000 and 1,000 comparisons
     id              the same distribution, gold labels
