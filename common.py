@@ -53,7 +53,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """--help with the docstring as it stands and the default of every flag."""
 
 
-def number(kind, low, high=math.inf):
+def in_range(kind, low, high=math.inf):
     """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
         if not low <= kind(text) <= high:
@@ -281,7 +281,7 @@ class RewardModel(torch.nn.Module):
     features are fp32, FSDP computes in `dtype`, and `share` says whether rows share a prompt (see `Batch`)."""
     def __init__(self, model, dtype, device):
         super().__init__()
-        self.model, self.dtype, self.device, self.share = model, dtype, device, True
+        self.hf_model, self.dtype, self.device, self.share = model, dtype, device, True
 
     def inputs(self, batch):
         """The arguments of a transformers decoder for a batch in either layout."""
@@ -291,9 +291,9 @@ class RewardModel(torch.nn.Module):
     def forward(self, batch, at=None, with_features=False):
         """Batch -> rewards (B, k); with_features: also the hidden states (B, k, hidden) that the head reads. `at`:
         index tensors (row, column) of any shape, to read there instead of at the last tokens."""
-        hidden = self.model.base_model(**self.inputs(batch)).last_hidden_state
+        hidden = self.hf_model.base_model(**self.inputs(batch)).last_hidden_state
         features = hidden[at or (batch.row, batch.last)].float()
-        rewards = self.model.score(features).sum(-1)  # of the one label
+        rewards = self.hf_model.score(features).sum(-1)  # of the one label
         return (rewards, features) if with_features else rewards
 
 
@@ -328,21 +328,21 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
 
 def decoder_layers(model):
     """The decoder layers: transformers' `_no_split_modules`."""
-    names = model.model._no_split_modules or ()
+    names = model.hf_model._no_split_modules or ()
     return [x for x in model.modules() if type(x).__name__.removeprefix("FSDP") in names]  # FSDP renames their class
 
 
 def prepare(model, args):
     """Shard a RewardModel or Policy with FSDP2, cast to args.dtype; exits if it has too few positions. -> the model"""
-    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = getattr(model.hf_model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if args.max_length > positions:
-        fatal(f"--max-length {args.max_length}: {model.model.name_or_path} has {positions} positions")
+        fatal(f"--max-length {args.max_length}: {model.hf_model.name_or_path} has {positions} positions")
     if args.gradient_checkpointing:
-        model.model.activation_checkpointing_enable({"use_reentrant": False})
+        model.hf_model.activation_checkpointing_enable({"use_reentrant": False})
     if WORLD_SIZE > 1 or model.dtype != torch.float32 or args.offload:
         kwargs = {"offload_policy": CPUOffloadPolicy(pin_memory=model.device.type == "cuda")} if args.offload else {}
         mixed = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
-        heads = [model.model.score] if hasattr(model.model, "score") else []  # which stay in fp32
+        heads = [model.hf_model.score] if hasattr(model.hf_model, "score") else []  # which stay in fp32
         for module in (*decoder_layers(model), *heads, model):
             policy = MixedPrecisionPolicy() if module in heads else mixed
             fully_shard(module, mp_policy=policy, reshard_after_forward=True, **kwargs)
@@ -358,7 +358,7 @@ def prepare(model, args):
 def can_share_prompts(model, max_length):
     """Whether two responses behind one prompt get the features of separate rows; not with ALiBi or recurrent layers."""
     features, size = [], (3, max(1, max_length // 2))
-    prompt, *responses = np.random.default_rng(0).integers(model.model.config.get_text_config().vocab_size, size=size)
+    prompt, *responses = np.random.default_rng(0).integers(model.hf_model.config.get_text_config().vocab_size, size=size)
     data = datasets.Dataset.from_dict({"prompt_ids": [prompt], "response_ids": [responses]})
     try:
         for model.share in (False, True):
@@ -382,10 +382,10 @@ def clip_gradients(model, max_norm):
 
 
 @torch.no_grad()
-def score(model, data, micro_tokens, with_features=False):
+def compute_rewards(model, data, micro_tokens, with_features=False):
     """Rewards of all rows (N, k), fp32 on the CPU, equal on all ranks; with_features: also (N, k, hidden)."""
     rewards = torch.zeros(len(data), len(data[0]["response_ids"]))
-    features = torch.zeros(*rewards.shape, model.model.score.in_features if with_features else 0)
+    features = torch.zeros(*rewards.shape, model.hf_model.score.in_features if with_features else 0)
     batches = micro_batches(data, np.arange(len(data)), micro_tokens, model)
     model.eval()
     for batch in tqdm(batches, "scoring", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
@@ -439,7 +439,7 @@ def save_model(folder, model, tokenizer):
     """Write an ordinary Hugging Face folder; plain AutoModelForSequenceClassification gives the same scores."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if RANK == 0:
-        model.model.save_pretrained(folder, state_dict={k.removeprefix("model."): x for k, x in weights.items()})
+        model.hf_model.save_pretrained(folder, state_dict={k.removeprefix("hf_model."): x for k, x in weights.items()})
         tokenizer.save_pretrained(folder)
     print0(f"saved {folder}")
     dist.barrier()

@@ -38,9 +38,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import (
-    RANK, HelpFormatter, batch_indices, clip_gradients, decoder_layers, fatal, load_checkpoint, load_reward_model,
-    load_rows, load_sets, load_tokenizer, log, micro_batches, named_source, number, open_run, print0, save_checkpoint,
-    save_model, score, setup, tokenize)
+    RANK, HelpFormatter, batch_indices, clip_gradients, compute_rewards, decoder_layers, fatal,
+    in_range, load_checkpoint, load_reward_model, load_rows, load_sets, load_tokenizer, log,
+    micro_batches, named_source, open_run, print0, save_checkpoint, save_model, setup, tokenize)
 
 TOY_DEFAULTS = {  # replace those of the flags when --model is docs/toy/model
     "data": "docs/toy/train.jsonl", "epochs": 3.0, "batch_size": 32, "lr": 5e-4, "max_length": 64, "eval_every": 100,
@@ -61,17 +61,17 @@ def parse_args():
         metavar="NAME=SOURCE", help="named sets to evaluate on")
     add("--output-dir", default="runs/contrastive_rm", help="folder for model/, metrics.jsonl, args.json and "
         "checkpoints")
-    add("--seed", type=number(int, 0), default=0, help="random seed of head, data order, dropout, prototypes")
-    add("--epochs", type=number(float, 0.001), default=1.0, help="passes over the data")
-    add("--batch-size", type=number(int, 1), default=16, help="comparisons per optimizer step, over all ranks")
-    add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
-    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory; "
+    add("--seed", type=in_range(int, 0), default=0, help="random seed of head, data order, dropout, prototypes")
+    add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
+    add("--batch-size", type=in_range(int, 1), default=16, help="comparisons per optimizer step, over all ranks")
+    add("--lr", type=in_range(float, 0), default=5e-6, help="peak learning rate of AdamW")
+    add("--warmup-ratio", type=in_range(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
+    add("--max-grad-norm", type=in_range(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
+    add("--max-length", type=in_range(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=in_range(int, 1), default=8192, help="tokens per forward pass, limits memory; "
         "also changes the dropout masks")
-    add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")
-    add("--save-every", type=number(int, 0), default=200, help="steps between checkpoints; 0: none")
+    add("--eval-every", type=in_range(int, 0), default=200, help="steps between evaluations; 0: only at the end")
+    add("--save-every", type=in_range(int, 0), default=200, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; weights, scores and losses are always float32")
@@ -79,13 +79,13 @@ def parse_args():
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     add("--method", choices=["simcse", "swav"], default="simcse", help="contrastive loss")
     add("--on", choices=["pairs", "differences"], default="pairs", help="samples that the contrastive loss compares")
-    add("--beta", type=number(float, 0), default=1.0, help="weight of the loss; swav: 0.1, on differences 0.5")
-    add("--dropout", type=number(float, 0, 0.99), default=0.05, help="dropout rate of the two views; 0: one view")
+    add("--beta", type=in_range(float, 0), default=1.0, help="weight of the loss; swav: 0.1, on differences 0.5")
+    add("--dropout", type=in_range(float, 0, 0.99), default=0.05, help="dropout rate of the two views; 0: one view")
     # UNSTATED: the temperatures and the flags of Sinkhorn-Knopp. They are those of the two methods' own code.
-    add("--temperature", type=number(float, 1e-4), default=0.05, help="tau; swav: 0.1")
-    add("--num-prototypes", type=number(int, 2), default=50, help="K of swav; on differences 20")
-    add("--sinkhorn-iterations", type=number(int, 1), default=3, help="iterations of Sinkhorn-Knopp (swav)")
-    add("--epsilon", type=number(float, 1e-4), default=0.05, help="entropy regularisation of Sinkhorn-Knopp (swav)")
+    add("--temperature", type=in_range(float, 1e-4), default=0.05, help="tau; swav: 0.1")
+    add("--num-prototypes", type=in_range(int, 2), default=50, help="K of swav; on differences 20")
+    add("--sinkhorn-iterations", type=in_range(int, 1), default=3, help="iterations of Sinkhorn-Knopp (swav)")
+    add("--epsilon", type=in_range(float, 1e-4), default=0.05, help="entropy regularisation of Sinkhorn-Knopp (swav)")
     known = parser.parse_known_args()[0]
     if known.model == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
@@ -106,7 +106,7 @@ def add_dropout(model, rate):
             return F.dropout(output[0], rate, module.training), *output[1:]
         return F.dropout(output, rate, module.training)
 
-    for module in (model.model.get_input_embeddings(), *decoder_layers(model)):
+    for module in (model.hf_model.get_input_embeddings(), *decoder_layers(model)):
         module.register_forward_hook(drop)
 
 
@@ -171,7 +171,7 @@ def evaluate(model, sets, micro_tokens):
     """Means of METRICS on every set -> {"eval/<set>/<metric>": value}, and the accuracies printed."""
     metrics, line = {}, []
     for name, data in sets.items():
-        means = metric_sums(score(model, data, micro_tokens)) / len(data)
+        means = metric_sums(compute_rewards(model, data, micro_tokens)) / len(data)
         metrics.update({f"eval/{name}/{key}": value for key, value in zip(METRICS, means.tolist())})
         accuracy = metrics[f"eval/{name}/accuracy"]
         line.append(f"{name} {accuracy:.3f} ± {1.96 * math.sqrt(accuracy * (1 - accuracy) / len(data)):.3f}")
@@ -195,7 +195,7 @@ if __name__ == "__main__":
     # UNSTATED: the prototypes learn from the first step on; SwAV's own code freezes them for 313 steps.
     if args.method == "swav":  # every rank has a copy, and equal gradients keep the copies equal
         torch.manual_seed(args.seed)
-        modules["prototypes"] = nn.Linear(model.model.score.in_features, args.num_prototypes, bias=False).to(device)
+        modules["prototypes"] = nn.Linear(model.hf_model.score.in_features, args.num_prototypes, bias=False).to(device)
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the authors' released trainer.
     optimizer = torch.optim.AdamW([{"params": module.parameters()} for module in modules.values()], lr=args.lr,
@@ -219,7 +219,7 @@ if __name__ == "__main__":
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         batches = [*micro_batches(train.select(index), np.arange(len(index)), args.micro_batch_tokens, model)]
         if args.beta > 0:  # first pass: the contrastive loss of the whole batch, and its gradient at every feature
-            all_features = torch.zeros(2, len(index), 2, model.model.score.in_features, device=device)
+            all_features = torch.zeros(2, len(index), 2, model.hf_model.score.in_features, device=device)
             with torch.no_grad():
                 for view, batch, _, features in forward_views(model, batches, num_views, args.seed, step):
                     all_features[view, batch.index] = features

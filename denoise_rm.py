@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from common import (
-    RANK, HelpFormatter, batch_indices, clip_gradients, fatal, load_checkpoint, load_reward_model, load_rows, load_sets,
-    load_tokenizer, log, micro_batches, named_source, number, open_run, print0, save_checkpoint, save_model, score,
-    setup, tokenize)
+    RANK, HelpFormatter, batch_indices, clip_gradients, compute_rewards, fatal, in_range,
+    load_checkpoint, load_reward_model, load_rows, load_sets, load_tokenizer, log, micro_batches,
+    named_source, open_run, print0, save_checkpoint, save_model, setup, tokenize)
 
 TOY_DEFAULTS = {  # replace those of the flags when --model is docs/toy/model
     "data": "docs/toy/voted.jsonl", "epochs": 3.0, "lr": 5e-4, "max_length": 64, "eval_every": 100, "save_every": 100,
@@ -60,31 +60,31 @@ def parse_args():
     add("--eval-data", nargs="*", type=named_source, default=[("valid", "fnlp/hh-rlhf-strength-cleaned:validation")],
         metavar="NAME=SOURCE", help="named sets to evaluate on")
     add("--output-dir", default="runs/denoise_rm", help="folder for model/, metrics.jsonl, args.json and checkpoints")
-    add("--seed", type=number(int, 0), default=0, help="random seed for the reward head and the data order")
-    add("--epochs", type=number(float, 0.001), default=1.0, help="passes over the data")
-    add("--batch-size", type=number(int, 1), default=32, help="comparisons per optimizer step, over all ranks")
-    add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
-    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
-    add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")
-    add("--save-every", type=number(int, 0), default=200, help="steps between checkpoints; 0: none")
+    add("--seed", type=in_range(int, 0), default=0, help="random seed for the reward head and the data order")
+    add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
+    add("--batch-size", type=in_range(int, 1), default=32, help="comparisons per optimizer step, over all ranks")
+    add("--lr", type=in_range(float, 0), default=5e-6, help="peak learning rate of AdamW")
+    add("--warmup-ratio", type=in_range(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
+    add("--max-grad-norm", type=in_range(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
+    add("--max-length", type=in_range(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=in_range(int, 1), default=8192, help="tokens per forward pass, limits memory only")
+    add("--eval-every", type=in_range(int, 0), default=200, help="steps between evaluations; 0: only at the end")
+    add("--save-every", type=in_range(int, 0), default=200, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; weights, scores and losses are always float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
-    add("--percentiles", type=number(float, 0, 100), nargs=2, default=[0.0, 100.0], metavar=("LO", "HI"),
+    add("--percentiles", type=in_range(float, 0, 100), nargs=2, default=[0.0, 100.0], metavar=("LO", "HI"),
         help="train on the pairs between these percentiles of strength")
-    add("--drop", type=number(float, 0, 1), default=0.0, help="fraction of the pairs to drop, the weakest ones")
-    add("--flip", type=number(float, 0, 1), default=0.0, help="fraction of the pairs to flip, the weakest; paper: 0.1")
+    add("--drop", type=in_range(float, 0, 1), default=0.0, help="fraction of the pairs to drop, the weakest ones")
+    add("--flip", type=in_range(float, 0, 1), default=0.0, help="fraction of the pairs to flip, the weakest; paper: 0.1")
     add("--margin", action="store_true", help="subtract the strength from the difference of the rewards")
     # UNSTATED: the size of A. The paper's training loss settles at 0.50, the entropy of 0.2.
-    add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="A; the paper: probably 0.2")
+    add("--label-smoothing", type=in_range(float, 0, 0.5), default=0.0, help="A; the paper: probably 0.2")
     add("--smooth-on", choices=["all", "negative"], default="all", help="smooth all pairs, or those of negative "
         "strength")
-    add("--soft-targets", type=number(float, 0), default=0.0, help="temperature T of the targets; 0: hard targets")
+    add("--soft-targets", type=in_range(float, 0), default=0.0, help="temperature T of the targets; 0: hard targets")
     if parser.parse_known_args()[0].model == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
@@ -131,7 +131,7 @@ def evaluate(model, sets, micro_tokens):
     """Means of METRICS on every set -> {"eval/<set>/<metric>": value}, and the accuracies printed."""
     metrics, line = {}, []
     for name, data in sets.items():
-        means = metric_sums(score(model, data, micro_tokens)) / len(data)
+        means = metric_sums(compute_rewards(model, data, micro_tokens)) / len(data)
         metrics.update({f"eval/{name}/{key}": value for key, value in zip(METRICS, means.tolist())})
         accuracy = metrics[f"eval/{name}/accuracy"]
         line.append(f"{name} {accuracy:.3f} ± {1.96 * math.sqrt(accuracy * (1 - accuracy) / len(data)):.3f}")

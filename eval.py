@@ -36,8 +36,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from common import (
-    RANK, HelpFormatter, atomic_write, encode, fatal, load_reward_model, load_rows, load_tokenizer, named_source,
-    number, print0, score, setup, tokenize)
+    RANK, HelpFormatter, atomic_write, compute_rewards, encode, fatal, in_range, load_reward_model,
+    load_rows, load_tokenizer, named_source, print0, setup, tokenize)
 
 STRENGTH = "mean preference difference"
 LABELS = "gold", "GPT4 label"  # the columns with a second label: 1 prefers chosen, 0 rejected, -1 neither
@@ -72,11 +72,11 @@ def parse_args():
     add("--policies", nargs="*", type=named_source, default=[], metavar="NAME=FILE", help="the first is the baseline")
     add("--judge", default="gold", help="gold, folder of a reward model, or http(s)://HOST/v1 of an OpenAI-like server")
     add("--judge-model", default="default", help="name of the server's model; the key is taken from OPENAI_API_KEY")
-    add("--tie-threshold", type=number(float, 0), default=0.0, help="differences of gold or reward up to this are ties")
+    add("--tie-threshold", type=in_range(float, 0), default=0.0, help="differences of gold or reward up to this are ties")
     add("--output-dir", default="runs/eval", help="folder for eval.md, eval.json and eval.png")
     add("--plot", action="store_true", help="draw eval.png (needs matplotlib)")
-    add("--max-length", type=number(int, 2), help="maximum tokens; default: the first model's context, up to 2048")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="maximum tokens per forward pass: memory only")
+    add("--max-length", type=in_range(int, 2), help="maximum tokens; default: the first model's context, up to 2048")
+    add("--micro-batch-tokens", type=in_range(int, 1), default=8192, help="maximum tokens per forward pass: memory only")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; rewards are always float32")
     parser.set_defaults(seed=0, gradient_checkpointing=False, offload=False)
@@ -186,7 +186,7 @@ def score_responses(model, tokenizer, items, source, args):
             groups.setdefault(len(responses), []).append((i, first, example))
     for group in groups.values():  # `score` wants equally many responses in all rows
         data = datasets.Dataset.from_list([example for _, _, example in group])
-        for (i, first, _), values in zip(group, score(model, data, args.micro_batch_tokens).numpy()):
+        for (i, first, _), values in zip(group, compute_rewards(model, data, args.micro_batch_tokens).numpy()):
             rewards[i][:] = values[first]
     return rewards
 
@@ -275,7 +275,7 @@ def evaluate(model, tokenizer, data, firsts, args):
     metrics, records = {}, []
     if items is None:
         tokens = tokenize(rows, source, tokenizer, args.max_length)
-        rewards, features = score(model, tokens, args.micro_batch_tokens, with_features=True)
+        rewards, features = compute_rewards(model, tokens, args.micro_batch_tokens, with_features=True)
         margins = np.full(len(rows), math.nan)  # NaN where a row was dropped
         margins[tokens["row"][:]] = rewards[:, 0] - rewards[:, 1]
         correct = np.where(np.isnan(margins), math.nan, margins > 0)

@@ -33,9 +33,9 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from common import (
-    RANK, HelpFormatter, batch_indices, clip_gradients, fatal, load_checkpoint, load_reward_model, load_rows, load_sets,
-    load_tokenizer, log, micro_batches, named_source, number, open_run, print0, save_checkpoint, save_model, score,
-    setup, tokenize)
+    RANK, HelpFormatter, batch_indices, clip_gradients, compute_rewards, fatal, in_range,
+    load_checkpoint, load_reward_model, load_rows, load_sets, load_tokenizer, log, micro_batches,
+    named_source, open_run, print0, save_checkpoint, save_model, setup, tokenize)
 
 TOY_DEFAULTS = {  # replace those of the flags when --model is docs/toy/model
     "data": "docs/toy/train.jsonl", "epochs": 3.0, "lr": 5e-4, "max_length": 64, "eval_every": 100, "save_every": 100,
@@ -53,27 +53,27 @@ def parse_args():
     add("--eval-data", nargs="*", type=named_source, default=[("test", "Anthropic/hh-rlhf:test")],
         metavar="NAME=SOURCE", help="named sets to evaluate on")
     add("--output-dir", default="runs/meta_rm", help="folder for model/, metrics.jsonl, args.json and checkpoints")
-    add("--seed", type=number(int, 0), default=0, help="random seed for the reward head and the data order")
-    add("--epochs", type=number(float, 0.001), default=1.0, help="passes over the data")
-    add("--batch-size", type=number(int, 1), default=16, help="comparisons per optimizer step, over all ranks")
-    add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
-    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
-    add("--eval-every", type=number(int, 0), default=200, help="steps between evaluations; 0: only at the end")
-    add("--save-every", type=number(int, 0), default=200, help="steps between checkpoints; 0: none")
+    add("--seed", type=in_range(int, 0), default=0, help="random seed for the reward head and the data order")
+    add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
+    add("--batch-size", type=in_range(int, 1), default=16, help="comparisons per optimizer step, over all ranks")
+    add("--lr", type=in_range(float, 0), default=5e-6, help="peak learning rate of AdamW")
+    add("--warmup-ratio", type=in_range(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
+    add("--max-grad-norm", type=in_range(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
+    add("--max-length", type=in_range(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=in_range(int, 1), default=8192, help="tokens per forward pass, limits memory only")
+    add("--eval-every", type=in_range(int, 0), default=200, help="steps between evaluations; 0: only at the end")
+    add("--save-every", type=in_range(int, 0), default=200, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; weights, scores and losses are always float32")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
-    add("--eta", type=number(float, 0), default=5e-6, help="step size of the ascent on J; 0: none")
+    add("--eta", type=in_range(float, 0), default=5e-6, help="step size of the ascent on J; 0: none")
     add("--ascent", choices=["plain", "normalized"], default="plain", help="step along the gradient or its unit vector")
     # UNSTATED: --update alternate is another way to read the papers' words; Eq. 14 restores.
     add("--update", choices=["restore", "alternate"], default="restore", help="apply the gradient to theta or theta'")
     add("--meta-data", default="runs/ppo_loop/samples.jsonl", help="rows of prompt and k responses of the policy")
-    add("--meta-batch-size", type=number(int, 1), default=16, help="prompts per optimizer step, over all ranks")
+    add("--meta-batch-size", type=in_range(int, 1), default=16, help="prompts per optimizer step, over all ranks")
     if parser.parse_known_args()[0].model == "docs/toy/model":
         parser.set_defaults(**TOY_DEFAULTS)
     return parser.parse_args()
@@ -111,7 +111,7 @@ def evaluate(model, sets, micro_tokens):
     """Means of METRICS on every set -> {"eval/<set>/<metric>": value}, and the accuracies printed."""
     metrics, line = {}, []
     for name, data in sets.items():
-        means = metric_sums(score(model, data, micro_tokens)) / len(data)
+        means = metric_sums(compute_rewards(model, data, micro_tokens)) / len(data)
         metrics.update({f"eval/{name}/{key}": value for key, value in zip(METRICS, means.tolist())})
         accuracy = metrics[f"eval/{name}/accuracy"]
         line.append(f"{name} {accuracy:.3f} ± {1.96 * math.sqrt(accuracy * (1 - accuracy) / len(data)):.3f}")
@@ -122,7 +122,7 @@ def evaluate(model, sets, micro_tokens):
 
 def evaluate_meta(model, held_out, micro_tokens):
     """J and the mean of |r_i - r_j| over the pairs of responses to a prompt, on held-out meta data (Fig. 16)."""
-    rewards = score(model, held_out, micro_tokens)
+    rewards = compute_rewards(model, held_out, micro_tokens)
     i, j = torch.triu_indices(rewards.size(1), rewards.size(1), 1)
     gaps = (rewards[:, i] - rewards[:, j]).abs()
     print0(f"mean |reward difference| on held-out meta data: {gaps.mean():.3f}")
@@ -179,7 +179,7 @@ if __name__ == "__main__":
                     w.add_(w.grad, alpha=rate)
             optimizer.zero_grad()
             # FSDP gathers these weights in bf16, where a small step is rounded away: measure what is left of it.
-            dtypes = [torch.float32 if w is model.model.score.weight else model.dtype for w in weights]
+            dtypes = [torch.float32 if w is model.hf_model.score.weight else model.dtype for w in weights]
             shift = global_norm([w.detach().to(x) - old.to(x) for w, old, x in zip(weights, before, dtypes)])
             if step == start and shift < 0.5 * rate * slope:
                 print0(f"{args.dtype} leaves {shift / (rate * slope):.0%} of the ascent: use float32 or a larger --eta")

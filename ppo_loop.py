@@ -44,9 +44,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from common import (
-    RANK, WORLD_SIZE, HelpFormatter, RewardModel, batch_indices, clip_gradients, fatal, load_checkpoint,
-    load_pretrained, load_reward_model, load_rows, load_tokenizer, log, micro_batches, named_source, number, open_run,
-    prepare, print0, read_row, save_checkpoint, save_model, score, setup, to_ids)
+    RANK, WORLD_SIZE, HelpFormatter, RewardModel, batch_indices, clip_gradients, compute_rewards,
+    fatal, in_range, load_checkpoint, load_pretrained, load_reward_model, load_rows,
+    load_tokenizer, log, micro_batches, named_source, open_run, prepare, print0, read_row,
+    save_checkpoint, save_model, setup, to_ids)
 
 TOY_DEFAULTS = {  # replace those of the flags when --model or --reference is docs/toy/model
     "data": "docs/toy/train.jsonl", "gold": "docs/toy/make.py", "iterations": 100, "epochs": 2, "batch_size": 16,
@@ -68,25 +69,25 @@ def parse_args():
     add("--eval-data", nargs="*", type=named_source, default=[("test", "Anthropic/hh-rlhf:test")],
         metavar="NAME=SOURCE", help="named sets whose prompts the policy is evaluated on")
     add("--output-dir", default="runs/ppo_loop", help="folder for policy/, samples.jsonl, metrics.jsonl and args.json")
-    add("--seed", type=number(int, 0), default=0, help="random seed for the order of the prompts and for sampling")
-    add("--iterations", type=number(int, 0), default=2000, help="roll-outs with --epochs updates each; 0: just sample")
-    add("--epochs", type=number(int, 1), default=1, help="updates on the roll-outs of an iteration")
+    add("--seed", type=in_range(int, 0), default=0, help="random seed for the order of the prompts and for sampling")
+    add("--iterations", type=in_range(int, 0), default=2000, help="roll-outs with --epochs updates each; 0: just sample")
+    add("--epochs", type=in_range(int, 1), default=1, help="updates on the roll-outs of an iteration")
     # UNSTATED: whether the paper's batch of 32 are prompts or responses; here prompts.
-    add("--batch-size", type=number(int, 1), default=32, help="prompts per iteration, over all ranks")
-    add("--num-responses", type=number(int, 1), default=4, help="responses to each prompt of an iteration")
-    add("--lr", type=number(float, 0), default=5e-7, help="peak learning rate of the policy's AdamW")
-    add("--critic-lr", type=number(float, 0), default=1.5e-6, help="peak learning rate of the critic's AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of iterations for warm-up, then 1/sqrt")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
-    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
-    add("--max-new-tokens", type=number(int, 1), default=512, help="maximum length of a response in tokens")
-    add("--rollout-batch-size", type=number(int, 1), default=8, help="prompts whose responses are sampled together")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
-    add("--eval-every", type=number(int, 0), default=100, help="iterations between evaluations; 0: only at the end")
-    add("--eval-prompts", type=number(int, 1), default=200, help="prompts of each set, with one response to each")
-    add("--num-samples", type=number(int, 0), default=1000, help="prompts in samples.jsonl: the first ones of --data")
-    add("--k", type=number(int, 1), default=5, help="responses to each prompt in samples.jsonl")
-    add("--save-every", type=number(int, 0), default=100, help="iterations between checkpoints; 0: none")
+    add("--batch-size", type=in_range(int, 1), default=32, help="prompts per iteration, over all ranks")
+    add("--num-responses", type=in_range(int, 1), default=4, help="responses to each prompt of an iteration")
+    add("--lr", type=in_range(float, 0), default=5e-7, help="peak learning rate of the policy's AdamW")
+    add("--critic-lr", type=in_range(float, 0), default=1.5e-6, help="peak learning rate of the critic's AdamW")
+    add("--warmup-ratio", type=in_range(float, 0, 1), default=0.1, help="fraction of iterations for warm-up, then 1/sqrt")
+    add("--max-grad-norm", type=in_range(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
+    add("--max-length", type=in_range(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--max-new-tokens", type=in_range(int, 1), default=512, help="maximum length of a response in tokens")
+    add("--rollout-batch-size", type=in_range(int, 1), default=8, help="prompts whose responses are sampled together")
+    add("--micro-batch-tokens", type=in_range(int, 1), default=8192, help="tokens per forward pass, limits memory only")
+    add("--eval-every", type=in_range(int, 0), default=100, help="iterations between evaluations; 0: only at the end")
+    add("--eval-prompts", type=in_range(int, 1), default=200, help="prompts of each set, with one response to each")
+    add("--num-samples", type=in_range(int, 0), default=1000, help="prompts in samples.jsonl: the first ones of --data")
+    add("--k", type=in_range(int, 1), default=5, help="responses to each prompt in samples.jsonl")
+    add("--save-every", type=in_range(int, 0), default=100, help="iterations between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; weights, scores and losses are always float32")
@@ -94,15 +95,15 @@ def parse_args():
     add("--offload", action="store_true", help="keep weights, gradients and optimizer state in host memory")
     # DEVIATION: the paper also samples with top-p 0.9 and a repetition penalty of 1.1. PPO needs the log-probabilities
     # of the distribution it samples from, and those of a nucleus are not defined once the policy has moved.
-    add("--temperature", type=number(float, 0.01), default=0.8, help="temperature of sampling and log-probabilities")
-    add("--kl-coef", type=number(float, 0), default=0.05, help="beta, the weight of the KL penalty; 0: none")
+    add("--temperature", type=in_range(float, 0.01), default=0.8, help="temperature of sampling and log-probabilities")
+    add("--kl-coef", type=in_range(float, 0), default=0.05, help="beta, the weight of the KL penalty; 0: none")
     add("--reward-scaling", choices=["none", "std", "norm"], default="norm", help="divide by running std; norm: center")
-    add("--reward-clip", type=number(float, 0), default=0.8, help="clip rescaled scores to +- this; 0: no clipping")
+    add("--reward-clip", type=in_range(float, 0), default=0.8, help="clip rescaled scores to +- this; 0: no clipping")
     # UNSTATED: the penalty; the clip ranges, here those of the authors' released PPO; whether to whiten advantages.
-    add("--missing-eos-penalty", type=number(float, 0), default=1.0, help="subtracted if there is no stop token")
-    add("--gae-lambda", type=number(float, 0, 1), default=0.95, help="lambda of GAE")
-    add("--clip-range", type=number(float, 0), default=0.2, help="clip range of the policy ratio")
-    add("--clip-range-value", type=number(float, 0), default=0.2, help="clip range of the change in value; 0: none")
+    add("--missing-eos-penalty", type=in_range(float, 0), default=1.0, help="subtracted if there is no stop token")
+    add("--gae-lambda", type=in_range(float, 0, 1), default=0.95, help="lambda of GAE")
+    add("--clip-range", type=in_range(float, 0), default=0.2, help="clip range of the policy ratio")
+    add("--clip-range-value", type=in_range(float, 0), default=0.2, help="clip range of the change in value; 0: none")
     add("--whiten-advantages", action=argparse.BooleanOptionalAction, default=True, help="to mean 0 and std 1")
     known = parser.parse_known_args()[0]
     if "docs/toy/model" in (known.model, known.reference):
@@ -117,9 +118,9 @@ class Policy(RewardModel):
         """Batch -> log-probabilities of the response tokens (B, k, length), 0 where there is none; with_features: None
         and the hidden states at the last tokens."""
         if with_features:
-            return None, self.model.base_model(**self.inputs(batch)).last_hidden_state[batch.row, batch.last].float()
+            return None, self.hf_model.base_model(**self.inputs(batch)).last_hidden_state[batch.row, batch.last].float()
         row, column, previous, mask = response_tokens(batch, length)
-        logits = self.model(**self.inputs(batch)).logits[row[mask], previous[mask]].float()  # (tokens, vocabulary)
+        logits = self.hf_model(**self.inputs(batch)).logits[row[mask], previous[mask]].float()  # (tokens, vocabulary)
         tokens = batch.input_ids[row[mask], column[mask]]
         logp = torch.log_softmax(logits / temperature, -1).gather(1, tokens[:, None])[:, 0]
         return torch.zeros(mask.shape, device=logp.device).masked_scatter(mask, logp)
@@ -129,7 +130,7 @@ class Policy(RewardModel):
         self.eval()  # or gradient checkpointing would turn the cache off
         if isinstance(self, FSDPModule):
             self.set_reshard_after_forward(False)
-        tokens = self.model.generate(ids, synced_gpus=WORLD_SIZE > 1, use_cache=True, **kwargs)
+        tokens = self.hf_model.generate(ids, synced_gpus=WORLD_SIZE > 1, use_cache=True, **kwargs)
         if isinstance(self, FSDPModule):
             self.set_reshard_after_forward(True)
             for module in self.modules():
@@ -182,7 +183,7 @@ def load_prompts(source, split, tokenizer, args, limit=None):
 def generate(policy, prompt_ids, k, seed, args):
     """k sampled responses to each prompt: token ids (N, k, tokens) up to a stop token or --max-new-tokens, equal on all
     ranks, whatever their number. `seed`: a tuple of numbers, unique to this call."""
-    stop, size = set(policy.model.generation_config.eos_token_id), args.rollout_batch_size
+    stop, size = set(policy.hf_model.generation_config.eos_token_id), args.rollout_batch_size
     chunks, responses = [prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size)], {}
     calls = range(RANK, math.ceil(len(chunks) / WORLD_SIZE) * WORLD_SIZE, WORLD_SIZE)  # FSDP: equally many on each
     for call in tqdm(calls, "sampling", leave=False, disable=RANK > 0 or len(calls) < 10, mininterval=1):
@@ -298,7 +299,7 @@ def score_rollouts(prompts, responses, models, tokenizer, gold, args):
     texts, ids = prompts
     lengths = [len(x) + sum(map(len, y)) for x, y in zip(ids, responses)]
     rows = datasets.Dataset.from_dict({"prompt_ids": ids, "response_ids": responses, "length": lengths})
-    eos, stop = tokenizer.eos_token_id, models["policy"].model.generation_config.eos_token_id
+    eos, stop = tokenizer.eos_token_id, models["policy"].hf_model.generation_config.eos_token_id
     with_eos, counts, ended = [], [], []
     for y in responses:
         with_eos.append([x if x[-1] == eos else [*x, eos] for x in y])  # as the reward model was trained
@@ -306,7 +307,7 @@ def score_rollouts(prompts, responses, models, tokenizer, gold, args):
         ended.append([x[-1] in stop for x in y])
     scored_rows = datasets.Dataset.from_dict({"prompt_ids": ids, "response_ids": with_eos, "length": lengths})
     device, length = models["policy"].device, args.max_new_tokens
-    scores = score(models["reward_model"], scored_rows, args.micro_batch_tokens).to(device)
+    scores = compute_rewards(models["reward_model"], scored_rows, args.micro_batch_tokens).to(device)
     logp, reference = (
         by_token(lambda batch: models[name](batch, args.temperature, length), models[name], rows, args)
         for name in ("policy", "reference"))

@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from common import (
-    RANK, HelpFormatter, atomic_write, batch_indices, clip_gradients, fatal, load_reward_model, load_rows,
-    load_tokenizer, log, micro_batches, named_source, number, open_run, print0, score, setup, tokenize)
+    RANK, HelpFormatter, atomic_write, batch_indices, clip_gradients, compute_rewards, fatal,
+    in_range, load_reward_model, load_rows, load_tokenizer, log, micro_batches, named_source,
+    open_run, print0, setup, tokenize)
 
 TOY_DEFAULTS = {  # replace those of the flags when --model is docs/toy/model
     "data": "docs/toy/train.jsonl", "epochs": 3.0, "lr": 5e-4, "max_length": 64,
@@ -54,15 +55,15 @@ def parse_args():
         metavar="NAME=SOURCE", help="named sets to vote on, not to train on: comparisons, or "
         "rows of `responses`, which are then paired")
     add("--output-dir", default="runs/vote_strength", help="folder for train.jsonl, NAME.jsonl and seed-*/votes.json")
-    add("--seed", type=number(int, 0), default=0, help="random seed of the first member; the next ones follow")
-    add("--members", type=number(int, 1), default=10, help="M, the number of reward models")
-    add("--epochs", type=number(float, 0.001), default=1.0, help="passes over the data")
-    add("--batch-size", type=number(int, 1), default=32, help="comparisons per optimizer step, over all ranks")
-    add("--lr", type=number(float, 0), default=5e-6, help="peak learning rate of AdamW")
-    add("--warmup-ratio", type=number(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
-    add("--max-grad-norm", type=number(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
-    add("--max-length", type=number(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
-    add("--micro-batch-tokens", type=number(int, 1), default=8192, help="tokens per forward pass, limits memory only")
+    add("--seed", type=in_range(int, 0), default=0, help="random seed of the first member; the next ones follow")
+    add("--members", type=in_range(int, 1), default=10, help="M, the number of reward models")
+    add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
+    add("--batch-size", type=in_range(int, 1), default=32, help="comparisons per optimizer step, over all ranks")
+    add("--lr", type=in_range(float, 0), default=5e-6, help="peak learning rate of AdamW")
+    add("--warmup-ratio", type=in_range(float, 0, 1), default=0.1, help="fraction of steps for warm-up, then decay to 0")
+    add("--max-grad-norm", type=in_range(float, 0), default=1.0, help="gradients are clipped to this norm; 0: never")
+    add("--max-length", type=in_range(int, 2), default=2048, help="max tokens of prompt + response, cut from the left")
+    add("--micro-batch-tokens", type=in_range(int, 1), default=8192, help="tokens per forward pass, limits memory only")
     add("--resume", action="store_true", help="train only the members whose votes --output-dir lacks")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; weights, scores and losses are always float32")
@@ -179,7 +180,7 @@ if __name__ == "__main__":
                 Path(folder, "metrics.jsonl").unlink(missing_ok=True)
             args.seed = seed
             model = train_member(sets["train"], tokenizer, device, args)
-            votes = {name: score(model, data, args.micro_batch_tokens).tolist() for name, data in sets.items()}
+            votes = {name: compute_rewards(model, data, args.micro_batch_tokens).tolist() for name, data in sets.items()}
             if RANK == 0:
                 atomic_write(paths[-1], json.dumps(votes))
             del model  # or the next one would be loaded beside it

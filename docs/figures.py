@@ -38,7 +38,7 @@ def score_pairs(seed, cell, split):
     device, tokenizer = common.setup(), common.load_tokenizer(name)
     data = common.tokenize(common.load_rows(source), source, tokenizer, args.max_length)
     model = common.load_reward_model(name, tokenizer, device, args, "--reward-models")
-    return [x.double().numpy() for x in common.score(model, data, 8192, with_features=True)]
+    return [x.double().numpy() for x in common.compute_rewards(model, data, 8192, with_features=True)]
 
 
 def draw_strength(axes):

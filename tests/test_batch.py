@@ -58,7 +58,7 @@ def gradients(model, batch):
     model.zero_grad()
     model(batch).pow(2).sum().backward()
     return {name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad.clone()
-            for name, p in model.model.named_parameters()}
+            for name, p in model.hf_model.named_parameters()}
 
 
 def test_collate_by_hand():
@@ -90,15 +90,15 @@ def test_rewards_are_those_of_texts_alone(name, tmp_path, tokenizer):
     model = load(name, tmp_path, tokenizer).eval()
     assert model.share == (name in SHARES)
     with torch.no_grad():
-        plain = plain_rewards(model.model)
+        plain = plain_rewards(model.hf_model)
         for model.share in {model.share, False}:
             rewards, features = model(common.collate(DATA, [0, 1, 2], CPU, model.share), with_features=True)
             torch.testing.assert_close(rewards, plain, rtol=0, atol=2e-5)
-            torch.testing.assert_close(model.model.score(features)[..., 0], rewards)
+            torch.testing.assert_close(model.hf_model.score(features)[..., 0], rewards)
     half = load(name, tmp_path, tokenizer, dtype="bfloat16")
     assert half.share == (name in SHARES) and {type(p) for p in half.parameters()} == {DTensor}
     assert {p.dtype for p in half.parameters()} == {torch.float32}
-    torch.testing.assert_close(common.score(half, DATA, 64), plain, rtol=0, atol=0.05)
+    torch.testing.assert_close(common.compute_rewards(half, DATA, 64), plain, rtol=0, atol=0.05)
 
 
 def test_gradients_are_those_of_texts_alone(tmp_path, tokenizer):
@@ -106,11 +106,11 @@ def test_gradients_are_those_of_texts_alone(tmp_path, tokenizer):
     model = load("llama", tmp_path, tokenizer)
     for p, r in ROWS:
         for y in r:
-            model.model(torch.tensor([p + y])).logits.pow(2).sum().backward()
-    plain = {name: p.grad.clone() for name, p in model.model.named_parameters()}
+            model.hf_model(torch.tensor([p + y])).logits.pow(2).sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.hf_model.named_parameters()}
     shared, separate = (common.collate(DATA, [0, 1, 2], CPU, share) for share in (True, False))
     checkpointed = load("llama", tmp_path, tokenizer, gradient_checkpointing=True)
-    assert checkpointed.model.is_activation_checkpointing
+    assert checkpointed.hf_model.is_activation_checkpointing
     for model.share, batch in ((True, shared), (False, separate)):
         torch.testing.assert_close(gradients(model, batch), plain, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(gradients(checkpointed, shared), plain, rtol=1e-3, atol=1e-5)
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_texts_alone(tmp_path, tokenizer):
 
 def test_padding_and_empty_batches(tmp_path, tokenizer):
     model = load("llama", tmp_path, tokenizer)
-    together, alone = (common.score(model, DATA, micro_tokens) for micro_tokens in (10_000, 1))
+    together, alone = (common.compute_rewards(model, DATA, micro_tokens) for micro_tokens in (10_000, 1))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
     assert together.dtype == torch.float32 and together.shape == (3, 2) and model.training
     for model.share in (True, False):
@@ -133,11 +133,11 @@ def test_padding_and_empty_batches(tmp_path, tokenizer):
 def test_head_and_dropout(llama, tmp_path, tokenizer):
     model = load("gpt2", tmp_path, tokenizer)
     assert model.training and not [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
-    assert model.model.config.pad_token_id == tokenizer.pad_token_id
+    assert model.hf_model.config.pad_token_id == tokenizer.pad_token_id
     seeds = [common.load_reward_model(llama, tokenizer, CPU, settings(seed=i)).state_dict() for i in (*range(40), 0)]
     assert [key for key in seeds[0] if not torch.equal(seeds[0][key], seeds[-1][key])] == []
-    assert [key for key in seeds[0] if not torch.equal(seeds[0][key], seeds[1][key])] == ["model.score.weight"]
-    head = torch.cat([weights["model.score.weight"] for weights in seeds[:-1]])
+    assert [key for key in seeds[0] if not torch.equal(seeds[0][key], seeds[1][key])] == ["hf_model.score.weight"]
+    head = torch.cat([weights["hf_model.score.weight"] for weights in seeds[:-1]])
     assert head.std().item() == pytest.approx(1 / np.sqrt(33), rel=0.09)  # 4.5 standard errors
 
 

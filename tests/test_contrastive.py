@@ -68,7 +68,7 @@ def test_both_passes_see_the_same_masks(llama, tokenizer):
     for other in (first.roll(16, 0), features(1, 5), features(0, 6)):  # views, seeds and steps differ
         assert (other - first).norm() > 0.1 * first.norm()
     plain = tiny(llama, tokenizer, 0.0)[0]  # what the evaluation of the model is, too
-    assert torch.equal(common.score(model, rows, 256), common.score(plain, rows, 256))
+    assert torch.equal(common.compute_rewards(model, rows, 256), common.compute_rewards(plain, rows, 256))
 
 
 @pytest.mark.parametrize("method", ["simcse", "swav"])

@@ -67,9 +67,9 @@ def test_policy_and_critic_read_what_separate_rows_say(name, tmp_path, tokenizer
             ids, n = torch.tensor([prompt + response]), len(response)
             with torch.no_grad():
                 expected = torch.log_softmax(plain(ids).logits[0, len(prompt) - 1 : -1] / 0.7, -1)[range(n), response]
-                hidden = critic.model.base_model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
+                hidden = critic.hf_model.base_model(ids).last_hidden_state[0, len(prompt) - 1 : -1]
             torch.testing.assert_close(logp[i, j, :n], expected, rtol=0, atol=2e-5)
-            torch.testing.assert_close(values[i, j, :n], critic.model.score(hidden)[:, 0], rtol=0, atol=2e-5)
+            torch.testing.assert_close(values[i, j, :n], critic.hf_model.score(hidden)[:, 0], rtol=0, atol=2e-5)
             assert (logp[i, j, n:] == 0).all() and (values[i, j, n:] == 0).all()
 
 
@@ -124,16 +124,16 @@ def test_samples_follow_the_policy(llama, tokenizer):
     """First tokens of 4,000 samples against the softmax at the temperature; prompts of two lengths in one call. The
     total variation is 0.04 on average, with a standard deviation of 0.003."""
     policy = ppo_loop.load_policy(llama, tokenizer, CPU, args(temperature=0.5), "--model")
-    policy.model.generation_config.max_new_tokens = 1
+    policy.hf_model.generation_config.max_new_tokens = 1
     with torch.no_grad():
-        policy.model.lm_head.weight *= 8  # opinions
+        policy.hf_model.lm_head.weight *= 8  # opinions
     prompts = [[1, 7, 9], [1, 4, 5, 6, 7, 8, 9, 10]]
     responses = ppo_loop.generate(policy, prompts, 4000, (0, 0, 1), args())
     assert responses == ppo_loop.generate(policy, prompts, 4000, (0, 0, 1), args())
     assert responses != ppo_loop.generate(policy, prompts, 4000, (0, 0, 2), args())
     for prompt, response in zip(prompts, responses):
         with torch.no_grad():
-            expected = torch.softmax(policy.model(torch.tensor([prompt])).logits[0, -1] / 0.5, -1)
+            expected = torch.softmax(policy.hf_model(torch.tensor([prompt])).logits[0, -1] / 0.5, -1)
         drawn = torch.bincount(torch.tensor(response)[:, 0], minlength=len(expected)) / 4000
         assert expected.max() > 0.05 and (drawn - expected).abs().sum() / 2 < 0.1
 
