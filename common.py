@@ -1,14 +1,26 @@
-"""What all scripts share: processes, data, the batch, the reward model, checkpoints and the log. No loss, no loop.
+"""What all scripts share: data, the batch, the reward model, checkpoints and the run folder.
 
-One data structure serves every method: a prompt with k responses (a comparison has k = 2). The prompt is computed once:
+One data structure serves every method: a prompt with k responses (a comparison has k = 2). The
+prompt is computed once:
 
-    input_ids       prompt | response 1 | response 2 | padding     A token attends to the earlier tokens of the prompt
-    segments        0 0 0    1 1          2 2 2        -1 -1       and of its own response, and has the position that
-    position_ids    0 1 2    3 4          3 4 5         0  0       it would have if its response stood there alone.
+    input_ids       prompt | response 1 | response 2 | padding
+    segments        0 0 0    1 1          2 2 2        -1 -1
+    position_ids    0 1 2    3 4          3 4 5         0  0
+
+A token attends to the earlier tokens of the prompt and of its own response, and has the position
+that it would have if its response stood there alone.
+
+To follow baseline_rm.py, read `encode`, `Batch` and `RewardModel.forward`. The rest is plumbing, in
+this order: processes and flags, data, batch, model, checkpoints, run folder.
 """
 
 import argparse
 import atexit
+import collections
+import datetime
+import functools
+import gc
+import glob
 import json
 import math
 import os
@@ -26,8 +38,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from datasets.fingerprint import Hasher
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader, HuggingFaceStorageWriter)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict)
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -36,11 +50,29 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+TOY = Path(__file__).resolve().parent / "docs/toy"
+TOY_DATA = {  # the defaults of these flags when --model is not given
+    "model": f"{TOY}/model",
+    "data": f"{TOY}/train.jsonl",
+    "eval_data": [(name, f"{TOY}/{name}.jsonl") for name in ("id", "ood", "shifted", "noisy")],
+}
 
+
+# ------------------------------------------------------------------------------ processes and flags
 
 def fatal(message):
     """End the run with one line on stderr and exit code 1."""
-    raise SystemExit(f"error: {' '.join(str(message).split())[:500]}")
+    raise SystemExit(f"error: {' '.join(str(message).split())}")
+
+
+def print_error(kind, error, traceback):
+    """The sys.excepthook of a run: the last line on stderr says what went wrong.
+
+    Files and flags raise OSError and ValueError. Anything else may be a bug.
+    Its traceback stays."""
+    if not issubclass(kind, (OSError, ValueError)):
+        sys.__excepthook__(kind, error, traceback)
+    print(f"error: {kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def print0(text):
@@ -59,26 +91,10 @@ def in_range(kind, low, high=math.inf):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse: "invalid float from 0 to 1 value: '2'"
+
+    # argparse then says: invalid float from 0 to 1 value: '2'
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"
     return parse
-
-
-def setup():
-    """Join the processes that torchrun started, or be the only one; -> the device of this rank."""
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(LOCAL_RANK)
-    if not dist.is_initialized():
-        store = None if "RANK" in os.environ else dist.HashStore()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
-        atexit.register(time.sleep, 0.5 if WORLD_SIZE > 1 else 0)  # gloo's threads still need Python: pytorch #190489
-        atexit.register(dist.destroy_process_group)  # which runs first
-    transformers.utils.logging.set_verbosity_error()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it raises as well
-    if RANK > 0 or not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-    return torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
 
 
 def named_source(text):
@@ -87,13 +103,52 @@ def named_source(text):
     return name, source
 
 
+def is_toy(model):
+    """Whether --model, a folder, a hub id or None, stands for the toy world's model."""
+    return model is None or Path(model).resolve() == TOY / "model"
+
+
+def setup():
+    """Join the processes that torchrun started, or be the only one; -> the device of this rank."""
+    sys.excepthook = print_error
+    sys.stdout.reconfigure(errors="replace")  # a terminal without "±" must not end a run
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(LOCAL_RANK)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=RANK, world_size=WORLD_SIZE,
+            store=None if "RANK" in os.environ else dist.HashStore(),
+            # ranks wait while the first one tokenises or asks a judge, which can take hours
+            timeout=datetime.timedelta(days=7))
+        # atexit runs the last one first. After it gloo's threads still need Python: pytorch #190489
+        atexit.register(time.sleep, 0.5 if WORLD_SIZE > 1 else 0)
+        atexit.register(dist.destroy_process_group)
+
+    # what datasets logs as an error, it raises as well
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    transformers.utils.logging.set_verbosity_error()
+    if RANK > 0 or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    return torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
+
+
+# --------------------------------------------------------------------------------------------- data
+
 def load_rows(source, split="train"):
-    """Raw rows of a .jsonl, .json (also .gz) or .parquet file or hub data set (id[[:config]:split]); exits if none."""
-    path, *parts = source.split(":")
+    """Raw rows of a .jsonl, .json (also .gz) or .parquet file, or of a hub id[[:config]:split].
+
+    Stops with an error that names the source if it cannot be read or has no rows."""
     try:
         if re.search(r"\.(json|jsonl|parquet)(\.gz)?$", source):
-            rows = datasets.load_dataset("parquet" if ".parquet" in path else "json", data_files=source, split="train")
+            # datasets caches by time stamp; with this `name` it caches by content
+            rows = datasets.load_dataset(
+                "parquet" if ".parquet" in source else "json", split="train",
+                name=Hasher.hash(Path(source).read_bytes()), data_files=glob.escape(source))
         else:
+            path, *parts = source.split(":")
             *config, split = parts or [split]
             rows = datasets.load_dataset(path, *config, split=split)
     except Exception as error:
@@ -102,125 +157,286 @@ def load_rows(source, split="train"):
 
 
 def transcript(turns):
-    """Turns without names, the last one the assistant's -> '\\n\\nHuman: ...\\n\\nAssistant: ...'."""
-    speakers = ["Assistant" if (len(turns) - i) % 2 else "Human" for i in range(len(turns))]
-    return "".join(f"\n\n{speaker}: " + turn for speaker, turn in zip(speakers, turns))
+    """Turns, the last one the assistant's -> '\\n\\nHuman: ...\\n\\nAssistant: ...'"""
+    text = ""
+    for i, turn in enumerate(turns):
+        speaker = "Assistant" if (len(turns) - i) % 2 else "Human"
+        text += "\n\n" + speaker + ": " + turn
+    return text
+
+
+def join_messages(prompt, messages):
+    """Two lists of messages -> one conversation, in which turns that both contain stand once."""
+    known = [(x["role"], str(x["content"]).strip()) for x in prompt]
+    turns = [(x["role"], str(x["content"]).strip()) for x in messages]
+    for start in range(len(turns)):
+        if turns[start : start + len(known)] == known:  # the whole prompt is repeated
+            return messages
+    for n in range(len(known), 0, -1):
+        if turns[:n] == known[-n:]:  # its last n turns are repeated
+            return prompt + messages[n:]
+    return prompt + messages
+
+
+def read_conversations(prompt, chosen, rejected):
+    """A prompt, text or messages, and two lists of messages -> what `read_row` returns."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if prompt.strip() else []
+    chosen = join_messages(prompt, chosen)
+    rejected = join_messages(prompt, rejected)
+    for messages in (chosen, rejected):
+        if messages[-1]["role"] != "assistant":
+            raise ValueError("'chosen' or 'rejected' does not end with a message of the assistant")
+    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else None
+    return prompt, [chosen[-1:], rejected[-1:]]
+
+
+def read_texts(prompt, chosen, rejected):
+    """A prompt, which may be empty, and two texts -> what `read_row` returns."""
+    start = prompt.lstrip()
+    if start and chosen.lstrip().startswith(start) and rejected.lstrip().startswith(start):
+        return prompt, [text.lstrip().removeprefix(start) for text in (chosen, rejected)]
+    if prompt:
+        return prompt, [chosen, rejected]
+
+    # transcripts, as in hh-rlhf: the prompt ends with the last "Assistant:"
+    chosen_prompt, mark, chosen = chosen.rpartition("\n\nAssistant:")
+    rejected_prompt, other_mark, rejected = rejected.rpartition("\n\nAssistant:")
+    if not mark or not other_mark:
+        raise ValueError("no 'prompt', and 'chosen' and 'rejected' have no '\\n\\nAssistant:' turn")
+    return chosen_prompt + mark if chosen_prompt == rejected_prompt else None, [chosen, rejected]
 
 
 def read_row(row):
-    """One raw row in any known form -> prompt and list of responses, as texts or as lists of messages. The prompt is
-    None if chosen and rejected answer different ones. Raises an error if the row has no known form."""
-    prompt = row.get("prompt")
-    if row.get("responses") and not row.get("chosen"):
-        return prompt, row["responses"]
-    pair = [row["chosen"], row["rejected"]]
-    if pair[0] and isinstance(pair[0][0], dict):  # conversations, which may repeat the prompt
-        if any(messages[-1]["role"] != "assistant" for messages in pair):
-            raise ValueError("'chosen' or 'rejected' does not end with a message of the assistant")
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        heads = [messages[:-1] for messages in pair]
-        if prompt and not {str(x["content"]).strip() for x in prompt} <= {str(x["content"]).strip() for x in heads[0]}:
-            heads = [prompt + head for head in heads]
-        return heads[0] if heads[0] == heads[1] else None, [messages[-1:] for messages in pair]
-    if isinstance(pair[0], list):  # the authors' release
-        pair = [transcript(turns) for turns in pair]
-    if prompt:
-        both_repeat_it = all(text.startswith(prompt) for text in pair)
-        return prompt, [text.removeprefix(prompt) for text in pair] if both_repeat_it else pair
-    heads, marks, responses = zip(*(text.rpartition("\n\nAssistant:") for text in pair))
-    if not all(marks):
-        raise ValueError("no 'prompt', and 'chosen' and 'rejected' have no '\\n\\nAssistant:' turn")
-    return heads[0] + marks[0] if heads[0] == heads[1] else None, list(responses)
+    """A raw row in any known form -> prompt and responses, all texts or all lists of messages.
+
+    The prompt is None if chosen and rejected answer different ones. What is null becomes "".
+    Raises ValueError if the row has no known form."""
+    prompt = row.get("prompt") or ""
+    try:
+        if row.get("chosen") is None and row.get("responses") is not None:
+            return prompt, list(row["responses"])
+        chosen, rejected = row["chosen"], row["rejected"]
+        if not chosen or not rejected:
+            return prompt, ["", ""]
+        is_transcript = "\n\nAssistant:" in chosen
+        if row.get("prompt", "") is None and isinstance(chosen, str) and not is_transcript:
+            return "", [chosen, rejected]
+        if isinstance(chosen, list) and isinstance(chosen[0], dict):
+            return read_conversations(prompt, chosen, rejected)
+        if isinstance(chosen, list):  # the authors' release
+            return read_texts(prompt, transcript(chosen), transcript(rejected))
+        return read_texts(prompt, chosen, rejected)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        columns = ", ".join(row)
+        raise ValueError(f"no known form (columns: {columns}), see the README for them") from None
 
 
-def to_ids(texts, tokenizer, is_chat):
-    """Texts -> lists of token ids with one BOS, where the tokenizer or the chat template has one, and without EOS."""
-    bos, rows = tokenizer.bos_token_id, tokenizer(texts, add_special_tokens=not is_chat).input_ids
-    rows = [ids[1:] if ids[:2] == [bos, bos] else ids for ids in rows]  # the text already had one
-    return [ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids for ids in rows]
+def render(messages, tokenizer, **kwargs):
+    """Messages -> text, by the tokenizer's chat template; kwargs are those of apply_chat_template.
+
+    Llama 3's template writes today's date. It is pinned, or scores would change every day."""
+    today = datetime.datetime(2024, 1, 1)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, strftime_now=today.strftime, **kwargs)
+
+
+@functools.cache
+def adds_bos(tokenizer):
+    """Whether the tokenizer begins a text with BOS."""
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def to_ids(text, tokenizer, is_chat):
+    """A text -> token ids, with one BOS where the tokenizer or the chat template has one."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    bos = tokenizer.bos_token_id
+    if not is_chat and adds_bos(tokenizer) and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    return ids[1:] if ids[:2] == [bos, bos] else ids
+
+
+def without_padding(ids, tokenizer):
+    """Token ids without padding at the end, where transformers' classifiers do not look."""
+    while ids and ids[-1] == tokenizer.pad_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def end_ids(tokenizer, is_chat):
+    """The ids after the words of a response: EOS or, in conversations, the end of the template."""
+    if not is_chat:
+        return without_padding([tokenizer.eos_token_id], tokenizer)
+    messages = [{"role": "user", "content": "prompt"}, {"role": "assistant", "content": "response"}]
+    end = render(messages, tokenizer).rpartition("response")[2]
+    return without_padding(to_ids(end, tokenizer, is_chat), tokenizer)
+
+
+def common_prefix_length(rows):
+    """How many token ids are the same at the beginning of all rows."""
+    length = 0
+    for tokens in zip(*rows):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
 
 
 def encode(prompt, responses, tokenizer, max_length):
-    """A prompt and k responses, texts or lists of messages -> prompt_ids, k response_ids that end in one EOS, and
-    whether the prompt was truncated. The prompt is the common prefix of the k full texts. If a text is longer than
-    `max_length`, the prompt loses its oldest tokens, but not the BOS; it is [] if nothing is left."""
-    texts = [prompt + response for response in responses]
-    if isinstance(prompt, list):
-        texts = [tokenizer.apply_chat_template(messages, tokenize=False).rstrip() for messages in texts]
-    ids = [[*x, tokenizer.eos_token_id] for x in to_ids(texts, tokenizer, is_chat=isinstance(prompt, list))]
-    length = min(len(os.path.commonprefix(ids)), min(map(len, ids)) - 1)  # a response keeps its EOS
-    start = 1 if ids[0][0] == tokenizer.bos_token_id else 0
-    # UNSTATED: the paper is silent about long rows; the authors' code skips those whose last turn alone is too long.
-    surplus = max(0, max(map(len, ids)) - max_length)
-    rest = ids[0][start + surplus : length]
-    return ids[0][:start] + rest if rest else [], [x[length:] for x in ids], surplus > 0
+    """A prompt and k responses, texts or lists of messages -> prompt_ids, k lists of response_ids,
+    and whether the prompt is truncated.
+
+    A text ends in one EOS, and a conversation as its chat template ends it. There the reward model
+    reads. The prompt is the common prefix of the k full texts. If one of them is longer than
+    `max_length`, the prompt loses its oldest tokens, but not BOS. It is [] if nothing is left."""
+    is_chat = isinstance(prompt, list)
+    rows = []
+    for response in responses:
+        if is_chat:
+            ids = to_ids(render(prompt + response, tokenizer), tokenizer, is_chat)
+        else:
+            text = prompt + response
+            while text.rstrip().endswith(tokenizer.eos_token):  # the text may bring its own
+                text = text.rstrip().removesuffix(tokenizer.eos_token)
+            ids = to_ids(text, tokenizer, is_chat) + [tokenizer.eos_token_id]
+        rows.append(without_padding(ids, tokenizer))
+
+    shortest = min(len(ids) for ids in rows)
+    longest = max(len(ids) for ids in rows)
+    # one response may be the beginning of another, or equal: it keeps its last token
+    length = min(common_prefix_length(rows), shortest - 1)
+    start = 1 if rows[0][0] == tokenizer.bos_token_id else 0
+    # UNSTATED: the paper is silent about long rows. The authors' code skips a row if its last turn
+    # alone is too long.
+    surplus = max(0, longest - max_length)
+    rest = rows[0][start + surplus : length]
+    prompt_ids = rows[0][:start] + rest if rest else []
+    return prompt_ids, [ids[length:] for ids in rows], surplus > 0
+
+
+def encode_row(row, number, tokenizer, max_length, code):
+    """A raw row -> the columns of `tokenize`, and `problem`: why the row cannot be used, or "".
+
+    `code` is not used here. It is an argument because `datasets` caches by the arguments."""
+    prompt_ids, response_ids, truncated, problem = [0], [[0]], False, ""
+    try:
+        prompt, responses = read_row(row)
+        texts = []
+        for response in responses:
+            text = response[-1]["content"] if isinstance(response, list) else response
+            texts.append((text or "").strip())
+        if prompt is None:
+            problem = "with different prompts"
+        elif not prompt or not all(texts) or not texts:
+            problem = "empty"
+        elif len(texts) == 1:
+            problem = "with one response"
+        else:
+            prompt_ids, response_ids, truncated = encode(prompt, responses, tokenizer, max_length)
+            if all(ids == response_ids[0] for ids in response_ids):
+                problem = "with equal responses"
+            elif not prompt_ids:
+                problem = "too long"
+                prompt_ids = [0]
+    except Exception as error:  # a chat template raises what it likes
+        raise ValueError(f"row {number + 1}: {error}") from None
+    length = len(prompt_ids) + sum(len(ids) for ids in response_ids)
+    return {"prompt_ids": prompt_ids, "response_ids": response_ids, "k": len(response_ids),
+            "length": length, "row": number, "truncated": truncated, "problem": problem}
 
 
 def tokenize(rows, source, tokenizer, max_length, k=2):
-    """Raw rows -> data set with prompt_ids, response_ids, length (tokens, the prompt once), row (number of the raw row)
-    and the other raw columns. Rows that cannot be used are dropped and counted. Exits if a row has no known form, if
-    none can be used or not all have k responses (None: equally many), or if the tokenizer does not know the words."""
-    def encode_row(row, number):
-        prompt_ids, response_ids, truncated = [], [], False
-        try:
-            prompt, responses = read_row({key: x for key, x in row.items() if x is not None})
-            texts = [x if isinstance(x, str) else x[-1]["content"] for x in responses]
-            if prompt and all(x.strip() for x in texts) and len(set(texts)) > 1:
-                prompt_ids, response_ids, truncated = encode(prompt, responses, tokenizer, max_length)
-        except Exception as error:  # a chat template raises what it likes
-            raise ValueError(f"row {number + 1}: {error!r}") from None
-        length = len(prompt_ids) + sum(map(len, response_ids)) if prompt_ids else 0
-        return {"prompt_ids": prompt_ids or [0], "response_ids": response_ids or [[0]], "k": len(response_ids),
-                "length": length, "row": number, "truncated": truncated}
+    """Raw rows -> data set with prompt_ids, response_ids, k, length (tokens, the prompt once), row
+    (number of the raw row), truncated, and the raw columns that were not read.
 
-    key = Hasher.hash([Path(__file__).read_text(), rows._fingerprint, tokenizer.backend_tokenizer.to_str(),
-                       tokenizer.chat_template, tokenizer.special_tokens_map, max_length])
-    if LOCAL_RANK > 0:  # the first rank of a machine fills the cache for the others
+    Rows that cannot be used are dropped and counted. Stops with an error if a row has no known
+    form, if no row can be used, or if not all have k responses (None: equally many)."""
+    # datasets caches by the arguments, and would not notice a change in this file's functions
+    code = Path(__file__).read_text()
+    arguments = {"tokenizer": tokenizer, "max_length": max_length, "code": code}
+    used = {"prompt", "chosen", "rejected", "responses"}
+
+    # the first rank of a machine fills the cache for the others
+    if LOCAL_RANK > 0:
         dist.barrier()
     try:
-        data = rows.map(encode_row, with_indices=True, new_fingerprint=key, desc=f"tokenising {source}",
-                        num_proc=os.cpu_count() if len(rows) > 20_000 else None,
-                        remove_columns={"prompt", "chosen", "rejected", "responses"} & {*rows.column_names})
+        data = rows.map(
+            encode_row, with_indices=True, fn_kwargs=arguments, desc=f"tokenising {source}",
+            num_proc=os.cpu_count() if len(rows) > 20_000 else None,
+            remove_columns=[name for name in rows.column_names if name in used])
     except ValueError as error:
         fatal(f"{source}: {error}")
     if LOCAL_RANK == 0:
         dist.barrier()
-    data = data.select(np.flatnonzero(data["length"][:]))
-    print0(f"{source}: {len(data):,} of {len(rows):,} rows, {sum(data['truncated'][:]):,} prompts truncated")
+
+    # drop what cannot be used, and say why
+    problems = np.array(data["problem"][:])
+    counts = [f"{n:,} {problem}" for problem, n in collections.Counter(problems).items() if problem]
+    dropped = f", dropped: {', '.join(counts)}" if counts else ""
+    data = data.select(np.flatnonzero(problems == ""))
+    print0(f"{source}: {len(data):,} of {len(rows):,} rows{dropped}; "
+           f"{sum(data['truncated'][:]):,} prompts truncated to fit {max_length} tokens")
     if len(data) == 0:
-        fatal(f"{source}: no usable row: prompts differ, responses are equal, one is empty, or the row is too long")
-    if set(data["k"][:]) != {k or data[0]["k"]}:
-        fatal(f"{source}: rows have {sorted(set(data['k'][:]))} responses, which must be {k or 'equally many'}")
-    if np.mean(np.concatenate(data[:100]["prompt_ids"]) == tokenizer.unk_token_id) > 0.5:
-        fatal(f"{source}: most tokens of the prompts are unknown to the tokenizer: choose a --model for such text")
+        fatal(f"{source}: no row can be used: {', '.join(counts)}")
+
+    sizes = sorted(set(data["k"][:]))
+    if sizes != [k or sizes[0]]:
+        fatal(f"{source}: rows have {sizes} responses, which must be {k or 'equally many'}")
     return data
+
+
+def print_example(data, tokenizer):
+    """Print the first row as the model reads it, so that a wrong template is seen at once."""
+    texts = tokenizer.batch_decode([data[0]["prompt_ids"], *data[0]["response_ids"]])
+    print0("first example: " + " | ".join(repr(text[-200:]) for text in texts))
 
 
 def load_sets(pairs, tokenizer, max_length):
     """(name, source) pairs -> {name: tokenised data set}."""
-    return {name: tokenize(load_rows(source, "test"), source, tokenizer, max_length) for name, source in pairs}
+    sets = {}
+    for name, source in pairs:
+        sets[name] = tokenize(load_rows(source, "test"), source, tokenizer, max_length)
+    return sets
 
 
 def load_tokenizer(name):
-    """The tokenizer of a folder or hub id. Its pad token is never EOS; otherwise the scored token would be masked."""
+    """The tokenizer of a folder or hub id. Its pad token is not EOS, which would hide the end.
+
+    The exception is a reward model whose config pads with EOS, as TRL's do if their language model
+    has no pad token. It reads the token before EOS, and `encode` then leaves EOS out."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
     except Exception as error:
-        fatal(f"no tokenizer in {name}: {error!r}")
-    tokenizer("a")  # a call clears padding set in its file, which would make cache keys and saved files depend on calls
+        fatal(f"no model with a tokenizer in {name}: {error!r}")
     if tokenizer.eos_token is None:
         fatal(f"the tokenizer of {name} has no EOS token, and every response must end in one")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
+
+    # the first call resets padding that its file asks for: now, because cache keys depend on it
+    tokenizer("a")
+    is_reward_model = "SequenceClassification" in str(config.architectures)
+    if is_reward_model and config.get_text_config().pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = tokenizer.eos_token
+    elif tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if isinstance(tokenizer.chat_template, str):  # Llama 3's inserts today's date: pin it, for reproducible scores
-        tokenizer.chat_template = re.sub(r"strftime_now\(.*?\)", "'01 Jan 2024'", tokenizer.chat_template)
     return tokenizer
 
 
+def num_positions(config):
+    """How many tokens a model can read, by its config; infinity if it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def default_max_length(name):
+    """--max-length if it is not given: as many tokens as the model can read, at most 2048."""
+    return min(2048, num_positions(AutoConfig.from_pretrained(name)))
+
+
+# -------------------------------------------------------------------------------------------- batch
+
 class Batch(NamedTuple):
-    """B prompts with k responses each, in R = B rows of T tokens or, if prompts are not shared, in R = B k rows."""
-    index: np.ndarray           # (B,) row numbers; empty on a rank without rows, whose tensors hold row 0
+    """B prompts with k responses each, in R = B rows of T tokens, or in R = B k separate rows."""
+    index: np.ndarray           # (B,) row numbers; empty on a rank without rows
     input_ids: torch.Tensor     # (R, T)
     segments: torch.Tensor      # (R, T) 0 for the prompt, j for response j, -1 for padding
     position_ids: torch.Tensor  # (R, T)
@@ -228,130 +444,200 @@ class Batch(NamedTuple):
     last: torch.Tensor          # (B, k) and the column of its last token
 
 
+def pad_rows(rows, value, device):
+    """Lists of different lengths -> tensor (R, T).
+
+    T is a multiple of 8, or SDPA would copy the mask in every layer."""
+    width = 8 * math.ceil(max(len(row) for row in rows) / 8)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+
+
 def collate(data, index, device, share):
-    """Rows `index` of a tokenised data set -> Batch. T is a multiple of 8, or SDPA copies the mask in every layer."""
-    examples = data.select_columns(["prompt_ids", "response_ids"])[index if len(index) else [0]]
-    input_ids, segments, position_ids, row, last = [], [], [], [], []
+    """Rows `index` of a tokenised data set -> Batch. `share`: responses to a prompt share a row."""
+    # a rank without rows computes row 0, because FSDP's ranks must do the same, and then drops it
+    is_empty = len(index) == 0
+    examples = data.select_columns(["prompt_ids", "response_ids"])[[0] if is_empty else index]
+
+    input_ids = []
+    segments = []
+    position_ids = []
+    row = []
+    last = []
     for prompt, responses in zip(examples["prompt_ids"], examples["response_ids"]):
+        n = len(prompt)
         for j, response in enumerate(responses, 1):
-            if j == 1 or not share:  # a new row
-                input_ids.append([*prompt])
-                segments.append([0] * len(prompt))
-                position_ids.append([*range(len(prompt))])
+            if j == 1 or not share:  # a new row begins with the prompt
+                input_ids.append(list(prompt))
+                segments.append([0] * n)
+                position_ids.append(list(range(n)))
             input_ids[-1] += response
             segments[-1] += [j] * len(response)
-            position_ids[-1] += range(len(prompt), len(prompt) + len(response))
+            position_ids[-1] += range(n, n + len(response))
             row.append(len(input_ids) - 1)
             last.append(len(input_ids[-1]) - 1)
-    width = 8 * math.ceil(max(map(len, input_ids)) / 8)
-    def pad(rows, value):
-        return torch.tensor([x + [value] * (width - len(x)) for x in rows], device=device)
-    row, last = (torch.tensor(x, device=device).view(-1, len(responses))[: len(index)] for x in (row, last))
-    return Batch(np.asarray(index, int), pad(input_ids, 0), pad(segments, -1), pad(position_ids, 0), row, last)
+
+    k = len(examples["response_ids"][0])
+    row = torch.tensor(row, device=device).view(-1, k)
+    last = torch.tensor(last, device=device).view(-1, k)
+    if is_empty:
+        row = row[:0]
+        last = last[:0]
+    return Batch(
+        np.asarray(index, int), pad_rows(input_ids, 0, device), pad_rows(segments, -1, device),
+        pad_rows(position_ids, 0, device), row, last)
 
 
 def tree_mask(segments, dtype):
-    """Segments (R, T) -> mask (R, 1, T, T): 0 for earlier tokens of the prompt and of the same segment, else -inf."""
-    query, key = segments[:, :, None], segments[:, None, :]
+    """Segments (R, T) -> mask (R, 1, T, T): 0 where a token attends, else -inf."""
+    query = segments[:, :, None]
+    key = segments[:, None, :]
     allowed = ((key == 0) | (key == query)).tril()
     return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)[:, None]
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Row numbers of one optimizer step (batch_size,), equal on all ranks: the next ones in the epoch's permutation."""
+    """Row numbers of an optimizer step (batch_size,), equal on all ranks.
+
+    They are the next ones in the permutation of the epoch; an epoch's last step may have fewer."""
     epoch, i = divmod(step, math.ceil(n / batch_size))
-    return np.random.default_rng((seed, epoch)).permutation(n)[i * batch_size : (i + 1) * batch_size]
+    permutation = np.random.default_rng((seed, epoch)).permutation(n)
+    return permutation[i * batch_size : (i + 1) * batch_size]
 
 
 def micro_batches(data, index, micro_tokens, model):
-    """Yield this rank's rows of `index`, longest first, as Batches of at most `micro_tokens` padded tokens or one row,
-    as many on every rank. Rows join while their padding costs less than one more pass, 1/8 of `micro_tokens`."""
-    lengths = 8 * np.ceil(np.array(data.select_columns(["length"])[index]["length"]) / 8)  # as `collate` pads
+    """Yield this rank's rows of `index` as Batches of at most `micro_tokens` tokens, or of one row.
+
+    The longest rows come first. All ranks get equally many batches, because FSDP's ranks must do
+    the same. Rows join a batch while their padding costs less than one more forward pass. On two
+    CPU cores that is about the time for 1/8 of `micro_tokens`."""
+    lengths = np.array(data.select_columns(["length"])[index]["length"])
+    lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         longest = lengths[order[0]]
-        similar = np.sum(np.cumsum(longest - lengths[order]) <= WORLD_SIZE * micro_tokens / 8)
-        count = WORLD_SIZE * max(1, min(int(micro_tokens // longest), math.ceil(similar / WORLD_SIZE)))
+        rows_that_fit = int(micro_tokens // longest)
+        padding = np.cumsum(longest - lengths[order])  # of all ranks, if the batch ended here
+        rows_worth_it = math.ceil(np.sum(padding <= WORLD_SIZE * micro_tokens / 8) / WORLD_SIZE)
+        count = WORLD_SIZE * max(1, min(rows_that_fit, rows_worth_it))
         yield collate(data, index[order[:count][RANK::WORLD_SIZE]], model.device, model.share)
         order = order[count:]
 
 
+# -------------------------------------------------------------------------------------------- model
+
 class RewardModel(torch.nn.Module):
-    """A Hugging Face sequence classifier with one label, read at the last token of each response. Weights, scores and
-    features are fp32, FSDP computes in `dtype`, and `share` says whether rows share a prompt (see `Batch`)."""
-    def __init__(self, model, dtype, device):
+    """A Hugging Face sequence classifier with one label, read at the last token of each response.
+
+    For one text this is AutoModelForSequenceClassification(prompt + response + EOS).logits.
+    Weights, scores and features are fp32. FSDP computes in `dtype`. `share` is the layout of the
+    batches that it reads."""
+
+    def __init__(self, hf_model, dtype, device):
         super().__init__()
-        self.hf_model, self.dtype, self.device, self.share = model, dtype, device, True
+        self.hf_model = hf_model
+        self.dtype = dtype
+        self.device = device
+        self.share = True
 
     def inputs(self, batch):
         """The arguments of a transformers decoder for a batch in either layout."""
-        mask = tree_mask(batch.segments, self.dtype) if self.share else (batch.segments >= 0).long()
-        return dict(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False)
+        if self.share:
+            mask = tree_mask(batch.segments, self.dtype)  # (R, 1, T, T)
+        else:
+            mask = (batch.segments >= 0).long()  # (R, T): the model adds its own causal mask
+        return {"input_ids": batch.input_ids, "attention_mask": mask,
+                "position_ids": batch.position_ids, "use_cache": False}
 
     def forward(self, batch, at=None, with_features=False):
-        """Batch -> rewards (B, k); with_features: also the hidden states (B, k, hidden) that the head reads. `at`:
-        index tensors (row, column) of any shape, to read there instead of at the last tokens."""
-        hidden = self.hf_model.base_model(**self.inputs(batch)).last_hidden_state
-        features = hidden[at or (batch.row, batch.last)].float()
-        rewards = self.hf_model.score(features).sum(-1)  # of the one label
+        """Batch -> rewards (B, k); with_features: also the head's inputs (B, k, hidden).
+
+        `at`: index tensors (row, column) of any shape, to read there and not at the last tokens."""
+        if at is None:
+            at = (batch.row, batch.last)
+        hidden = self.hf_model.base_model(**self.inputs(batch)).last_hidden_state  # (R, T, hidden)
+        features = hidden[at].float()
+        rewards = self.hf_model.score(features).sum(-1)  # of one label; a view would disturb FSDP
         return (rewards, features) if with_features else rewards
 
 
 def load_pretrained(auto_class, name, flag, **changes):
-    """-> fp32 model of a folder or hub id, dropout off, and the set of weights that its files lack."""
+    """A folder or hub id -> fp32 model without dropout, and the set of weights its files lack."""
     try:
         config = AutoConfig.from_pretrained(name, **changes)
         for part in (config, config.get_text_config()):
-            part.update({key: 0.0 for key, x in part.to_dict().items() if "drop" in key and isinstance(x, float)})
-        model, info = auto_class.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+            for key, value in part.to_dict().items():
+                if "drop" in key and isinstance(value, float):
+                    setattr(part, key, 0.0)
+        model, info = auto_class.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
         fatal(f"{flag} {name}: {error!r}")
     return model, set(info["missing_keys"])
 
 
 def load_reward_model(name, tokenizer, device, args, flag="--model"):
-    """A RewardModel from a folder or hub id: a reward model or, if `flag` is --model, a language model, which gets a
-    head seeded by args.seed. Exits on anything but a decoder with a linear `score` head of one label."""
+    """A RewardModel from a folder or hub id: a reward model or, for --model, a language model.
+
+    A language model gets a head, seeded by args.seed. Stops with an error at anything but a decoder
+    with a linear `score` head of one label."""
+    gc.collect()  # FSDP keeps a model that was deleted in reference cycles
     torch.manual_seed(args.seed)
     model, missing = load_pretrained(AutoModelForSequenceClassification, name, flag, num_labels=1)
-    if model.config.is_encoder_decoder or not isinstance(getattr(model, "score", None), torch.nn.Linear):
+    head = getattr(model, "score", None)
+    if model.config.is_encoder_decoder or not isinstance(head, torch.nn.Linear):
         fatal(f"{flag} {name}: {type(model).__name__} is not a decoder with a linear `score` head")
     if missing and (flag != "--model" or missing != {"score.weight"}):
         fatal(f"{flag} {name} is no reward model: its files lack {', '.join(sorted(missing))}")
+
     if missing:  # UNSTATED: the paper gives no init of the head; this is the usual one
-        torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+        torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return prepare(RewardModel(model, getattr(torch, args.dtype), device), args)
 
 
 def decoder_layers(model):
-    """The decoder layers: transformers' `_no_split_modules`."""
+    """The decoder layers of a RewardModel or Policy: transformers' `_no_split_modules`."""
     names = model.hf_model._no_split_modules or ()
     return [x for x in model.modules() if type(x).__name__.removeprefix("FSDP") in names]  # FSDP renames their class
 
 
 def prepare(model, args):
-    """Shard a RewardModel or Policy with FSDP2, cast to args.dtype; exits if it has too few positions. -> the model"""
-    positions = getattr(model.hf_model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """Shard a RewardModel or Policy with FSDP2, which computes in args.dtype. -> the model
+
+    Stops with an error if the model has too few positions."""
+    positions = num_positions(model.hf_model.config)
     if args.max_length > positions:
-        fatal(f"--max-length {args.max_length}: {model.hf_model.name_or_path} has {positions} positions")
+        name = model.hf_model.name_or_path
+        fatal(f"--max-length {args.max_length}: {name} has {positions} positions")
     if args.gradient_checkpointing:
         model.hf_model.activation_checkpointing_enable({"use_reentrant": False})
     if WORLD_SIZE > 1 or model.dtype != torch.float32 or args.offload:
-        kwargs = {"offload_policy": CPUOffloadPolicy(pin_memory=model.device.type == "cuda")} if args.offload else {}
-        mixed = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
-        heads = [model.hf_model.score] if hasattr(model.hf_model, "score") else []  # which stay in fp32
-        for module in (*decoder_layers(model), *heads, model):
-            policy = MixedPrecisionPolicy() if module in heads else mixed
-            fully_shard(module, mp_policy=policy, reshard_after_forward=True, **kwargs)
-            if WORLD_SIZE > 1:  # sum gradients: losses are divided by the global count already
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-    model.to("cpu" if args.offload else model.device)
+        shard(model, args.offload)
+    if not args.offload:  # with it FSDP keeps weights on the host, and buffers on the device
+        model.to(model.device)
     model.share = can_share_prompts(model, args.max_length)
     return model.train()
+
+
+def shard(model, offload):
+    """Apply FSDP2 to every decoder layer, to the head, which stays in fp32, and to the rest."""
+    mixed = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
+    policies = {layer: mixed for layer in decoder_layers(model)}
+    if hasattr(model.hf_model, "score"):
+        policies[model.hf_model.score] = MixedPrecisionPolicy()
+    policies[model] = mixed
+
+    kwargs = {}
+    if offload:
+        kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=model.device.type == "cuda")
+    for module, policy in policies.items():
+        fully_shard(module, mp_policy=policy, reshard_after_forward=True, **kwargs)
+        if WORLD_SIZE > 1:  # sum the gradients: losses are divided by the global count already
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
@@ -376,14 +662,14 @@ def can_share_prompts(model, max_length):
 
 
 def clip_gradients(model, max_norm):
-    """Scale the gradients, sharded over the ranks, to a norm of at most `max_norm` (0: any); -> the norm before."""
+    """Scale the gradients to a norm of at most `max_norm` (0: any); -> the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 @torch.no_grad()
 def compute_rewards(model, data, micro_tokens, with_features=False):
-    """Rewards of all rows (N, k), fp32 on the CPU, equal on all ranks; with_features: also (N, k, hidden)."""
+    """Rewards of all rows (N, k), equal on all ranks; with_features: also (N, k, hidden)."""
     rewards = torch.zeros(len(data), len(data[0]["response_ids"]))
     features = torch.zeros(*rewards.shape, model.hf_model.score.in_features if with_features else 0)
     batches = micro_batches(data, np.arange(len(data)), micro_tokens, model)
@@ -394,33 +680,41 @@ def compute_rewards(model, data, micro_tokens, with_features=False):
         if with_features:
             features[batch.index] = values[1].cpu()
     model.train()
+    # every rank has filled in its own rows
     dist.all_reduce(rewards)
     dist.all_reduce(features)
     return (rewards, features) if with_features else rewards
 
 
+# -------------------------------------------------------------------------------------- checkpoints
+
 def atomic_write(path, text):
-    """Write a file under a temporary name, then rename it: a kill leaves the old file or the new one."""
+    """Write a file under a temporary name, then rename it: a kill leaves the old or the new one."""
     tmp = Path(f"{path}.{os.getpid()}.tmp")
     tmp.write_text(text)
     tmp.replace(path)
 
 
 def run_state(model, optimizer):
-    """{"model": ..., "optimizer": ...}, tensors by name: each rank's own shards, not copies; tied weights once."""
-    weights, moments = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    """{"model": ..., "optimizer": ...}, tensors by name: a rank's own shards; tied weights once."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     return {"model": {name: x for name, x in weights.items() if name in names},
             "optimizer": {name: x for name, x in moments.items() if torch.is_tensor(x)}}
 
 
 def save_checkpoint(folder, model, optimizer, step):
-    """Write <folder>/checkpoint-<step>, then remove older ones. Data order and randomness follow from seed and step."""
-    tmp, older = Path(folder, "checkpoint.tmp"), [*Path(folder).glob("checkpoint-*")]
+    """Write <folder>/checkpoint-<step>, then remove older ones.
+
+    Data order and randomness are functions of seed and step, so they are not saved."""
+    tmp = Path(folder, "checkpoint.tmp")
+    older = list(Path(folder).glob("checkpoint-*"))
     if RANK == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     dist.barrier()
-    dcp.save(run_state(model, optimizer), storage_writer=HuggingFaceStorageWriter(tmp, save_distributed=True))
+    writer = HuggingFaceStorageWriter(tmp, save_distributed=True)
+    dcp.save(run_state(model, optimizer), storage_writer=writer)
     if RANK == 0:
         tmp.rename(Path(folder, f"checkpoint-{step}"))
         for path in older:
@@ -429,46 +723,98 @@ def save_checkpoint(folder, model, optimizer, step):
 
 def load_checkpoint(folder, model, optimizer, step):
     """Load <folder>/checkpoint-<step> in place; any number of ranks may have written it."""
-    state, reader = run_state(model, optimizer), HuggingFaceStorageReader(Path(folder, f"checkpoint-{step}"))
-    saved = reader.read_metadata().state_dict_metadata  # a weight that never had a gradient has no moments
-    state["optimizer"] = {name: x for name, x in state["optimizer"].items() if f"optimizer.{name}" in saved}
+    state = run_state(model, optimizer)
+    reader = HuggingFaceStorageReader(Path(folder, f"checkpoint-{step}"))
+    saved = reader.read_metadata().state_dict_metadata
+    # a weight that never had a gradient has no moments
+    state["optimizer"] = {
+        name: x for name, x in state["optimizer"].items() if f"optimizer.{name}" in saved}
     dcp.load(state, storage_reader=reader)
 
 
 def save_model(folder, model, tokenizer):
-    """Write an ordinary Hugging Face folder; plain AutoModelForSequenceClassification gives the same scores."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """Write a Hugging Face folder: AutoModelForSequenceClassification gives the same scores."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
     if RANK == 0:
-        model.hf_model.save_pretrained(folder, state_dict={k.removeprefix("hf_model."): x for k, x in weights.items()})
+        weights = {name.removeprefix("hf_model."): x for name, x in weights.items()}
+        model.hf_model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
     print0(f"saved {folder}")
     dist.barrier()
 
 
+# --------------------------------------------------------------------------------------- run folder
+
+def file_stamps(paths):
+    """{file: [size, time]} for files and for the files in folders; a hub id has none."""
+    times = {}
+    for path in filter(None, paths):
+        for file in (Path(path), *Path(path).glob("*")):
+            if file.is_file():
+                times[str(file)] = [file.stat().st_size, file.stat().st_mtime]
+    return times
+
+
+def check_resume(folder, old, new, may_change):
+    """Stop with an error if a flag or an input file is not what it was when the run began."""
+    may_change = {"resume", "output_dir", "micro_batch_tokens", "save_every", *may_change}
+    for name in old.keys() - may_change:
+        if old[name] != new.get(name):
+            fatal(f"--resume: {name} was {old[name]} when {folder} began, and is {new.get(name)}")
+
+
+def last_checkpoint(folder):
+    """The step of the newest <folder>/checkpoint-<step>, or 0."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
+
+
+def rename_run(folder):
+    """Give an earlier run's folder the first free name of <folder>.1, <folder>.2 and so on."""
+    i = 1
+    while Path(f"{folder}.{i}").exists():
+        i += 1
+    print0(f"{folder} holds an earlier run, which is now {folder.rename(f'{folder}.{i}')}")
+
+
+def cut_log(path, step):
+    """Keep the records of a metrics.jsonl up to `step`, which the run goes on from (0: none)."""
+    kept = ""
+    if step:
+        for line in path.read_text().splitlines(keepends=True):
+            is_whole = line.endswith("\n")  # a kill may leave half a line
+            if is_whole and json.loads(line)["step"] <= step:
+                kept += line
+    atomic_write(path, kept)
+
+
 def open_run(args, inputs, may_change=()):
-    """Begin a run in --output-dir, where an earlier run is renamed, never overwritten. With --resume continue it if
-    its flags, except `may_change`, and the files and folders in `inputs` are the same. -> its last step, or 0."""
+    """Begin a run in --output-dir or, with --resume, go on with the one there. -> its step, or 0.
+
+    Without --resume an earlier run is renamed. A run goes on only if its flags, except
+    `may_change`, and the files and folders in `inputs` are what they were."""
+    folder = Path(args.output_dir)
+    args_file = folder / "args.json"
+    settings = {"script": Path(sys.argv[0]).name, **vars(args), **file_stamps(inputs)}
+    text = json.dumps(settings, indent=1)
+
     if len(dict(args.eval_data)) < len(args.eval_data):
         fatal("--eval-data: two sets have the same name")
-    folder, path, metrics = (Path(args.output_dir, name) for name in ("", "args.json", "metrics.jsonl"))
-    if folder.is_file() or any(x.suffix != ".tmp" for x in folder.glob("*")) and not path.exists():
+    is_run = args_file.exists()
+    if folder.is_file() or not is_run and any(x.suffix != ".tmp" for x in folder.glob("*")):
         fatal(f"--output-dir {folder} has files that are not from a run: choose another folder")
-    written = {str(x): x.stat().st_mtime for y in inputs if y for x in (Path(y), *Path(y).glob("*")) if x.is_file()}
-    settings = json.loads(json.dumps({"script": Path(sys.argv[0]).name, **vars(args), "input file times": written}))
-    old = json.loads(path.read_text()) if args.resume and path.exists() else {}
-    for name in old.keys() - {"resume", "output_dir", "micro_batch_tokens", "save_every", *may_change}:
-        if old[name] != settings.get(name):
-            fatal(f"--resume: {name} is {settings.get(name)}, but was {old[name]} when the run in {folder} began")
-    step = max((int(x.name.split("-")[1]) for x in folder.glob("checkpoint-*")), default=0) if old else 0
+    step = 0
+    if args.resume and is_run:
+        check_resume(folder, json.loads(args_file.read_text()), json.loads(text), may_change)
+        step = last_checkpoint(folder)
+
     dist.barrier()
     if RANK == 0:
-        if path.exists() and not args.resume:
-            number = next(i for i in range(1, 10**6) if not Path(f"{folder}.{i}").exists())
-            print0(f"{folder} holds an earlier run, which is now {folder.rename(f'{folder}.{number}')}")
+        if is_run and not args.resume:
+            rename_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(settings, indent=1))
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        atomic_write(metrics, "".join(x for x in lines if step and x.endswith("\n") and json.loads(x)["step"] <= step))
+        atomic_write(args_file, text)
+        cut_log(folder / "metrics.jsonl", step)
     dist.barrier()
     return step
 
