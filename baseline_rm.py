@@ -43,7 +43,7 @@ def parse_args():
     add = parser.add_argument
     add("--model",
         help="language model or reward model: folder or hub id; by default that of the toy world")
-    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth. Here they are kept.
+    # DEVIATION: the paper mixes the splits of hh-rlhf and holds out a tenth. Here they are kept.
     add("--data", default="Anthropic/hh-rlhf",
         help=".jsonl, .json (also .gz), .parquet or hub id[[:config]:split]")
     add("--eval-data", nargs="*", type=named_source, metavar="NAME=SOURCE",

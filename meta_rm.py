@@ -4,18 +4,18 @@ Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06
 and Alleviating Shifted Distribution in Human Preference Alignment through Meta-Learning (arXiv
 2405.00438).
 
-As PPO shifts the policy, the reward model sees responses y_1 ... y_k that it was not trained on, and
-tells them apart less well. J measures, without labels, how far apart their rewards are (Eq. 11). It
-ranges from (k - 1) / 2k if all are equal to (k - 1) / k:
+As PPO shifts the policy, the reward model sees responses y_1 ... y_k unlike those it was trained
+on, and tells them apart less well. J measures, without labels, how far apart their rewards are
+(Eq. 11). It ranges from (k - 1) / 2k, where all are equal, to (k - 1) / k:
 
     J(theta) = 2 / k^2  sum_{i<j} sigmoid( |r(x, y_i) - r(x, y_j)| )      mean over a meta batch
 
-Every step first ascends J. It takes the gradient of the preference loss L (Eq. 2) there, and applies
-it to the weights from before the ascent (Eqs. 12 to 14). To first order this gradient is
+Every step first ascends J. It takes the gradient of the preference loss L (Eq. 2) there, and
+applies it to the weights from before the ascent (Eqs. 12 to 14). To first order this gradient is
 grad L + eta H_L grad J:
 
     theta'   = theta + eta grad J(theta)
-    theta   <- theta - alpha grad L(theta')             through AdamW, as in baseline_rm.py
+    theta   <- theta - alpha grad L(theta')             the step is AdamW's, as in baseline_rm.py
 
     torchrun meta_rm.py                                 the toy world, 25 seconds on a CPU
     python ppo_loop.py --model my-policy --iterations 0
@@ -23,8 +23,8 @@ grad L + eta H_L grad J:
         --meta-data runs/ppo_loop/samples.jsonl
 
 The second command samples a meta set from your own policy. Compare train/shift, the length of the
-ascent, with train/update, the length of the whole step from theta. Compare eval/meta/difference, the
-mean of |r(x, y_i) - r(x, y_j)| on a held-out tenth of the meta set, with a run with --eta 0.
+ascent, with train/update, the length of the whole step from theta. Compare eval/meta/difference,
+the mean of |r(x, y_i) - r(x, y_j)| on a held-out tenth of the meta set, with a run with --eta 0.
 
 What it costs: each step takes about twice as long, and needs a copy of the weights. In the toy
 world and on the real text that we tried, it did not improve accuracy (docs/results.md).
@@ -78,7 +78,7 @@ def parse_args():
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method
-    add("--eta", type=in_range(float, 0), default=5e-6,
+    add("--eta", type=float, default=5e-6,
         help="step size of the ascent on J; 0: no ascent, as baseline_rm.py")
     add("--ascent", choices=["plain", "normalized"], default="plain",
         help="ascend along the gradient of J, or along its unit vector")
@@ -93,7 +93,7 @@ def parse_args():
     # as in baseline_rm.py
     add("--model",
         help="language model or reward model: folder or hub id; by default that of the toy world")
-    # DEVIATION: the paper mixes the two splits of hh-rlhf and holds out a tenth. Here they are kept.
+    # DEVIATION: the paper mixes the splits of hh-rlhf and holds out a tenth. Here they are kept.
     add("--data", default="Anthropic/hh-rlhf",
         help=".jsonl, .json (also .gz), .parquet or hub id[[:config]:split]")
     add("--eval-data", nargs="*", type=named_source, metavar="NAME=SOURCE",
@@ -201,7 +201,7 @@ def evaluate(model, sets, micro_tokens, step):
 
 
 def evaluate_meta(model, held_out, micro_tokens):
-    """J and the mean of |r_i - r_j| over the pairs of responses, on held-out meta data (Fig. 16)."""
+    """J and the mean of |r_i - r_j| over pairs of responses, on held-out meta data (Fig. 16)."""
     rewards = compute_rewards(model, held_out, micro_tokens)
     i, j = torch.triu_indices(rewards.size(1), rewards.size(1), 1)
     gaps = (rewards[:, i] - rewards[:, j]).abs()
@@ -220,13 +220,13 @@ if __name__ == "__main__":
     train = tokenize(load_rows(args.data), args.data, tokenizer, args.max_length)
     sets = load_sets(args.eval_data, tokenizer, args.max_length)
     print_example(train, tokenizer)
-    meta = load_rows(args.meta_data)
-    meta = tokenize(meta, args.meta_data, tokenizer, args.max_length, k=None)
+    meta = tokenize(
+        load_rows(args.meta_data), args.meta_data, tokenizer, args.max_length, k=None)
     if len(meta) < 2:
         fatal(f"--meta-data {args.meta_data}: needs at least two rows")
-    split = math.floor(0.9 * len(meta))
-    held_out = meta.select(range(split, len(meta)))
-    meta = meta.select(range(split))
+    split = len(meta) * 9 // 10
+    held_out = meta.skip(split)
+    meta = meta.take(split)
     model = load_reward_model(args.model, tokenizer, device, args)
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the
@@ -259,7 +259,7 @@ if __name__ == "__main__":
         # UNSTATED: whether eta follows the schedule, too. Here it is constant.
         if args.eta:
             index = batch_indices(len(meta), args.meta_batch_size, args.seed, step)
-            J = torch.zeros(1, device=device)
+            J = 0.0
             for batch in micro_batches(meta, index, args.micro_batch_tokens, model):
                 objective = difference(model(batch)).sum() / len(index)
                 objective.backward()
@@ -270,7 +270,7 @@ if __name__ == "__main__":
             saved = [p.detach().clone() for p in params]
             meta_grad_norm = global_norm([p.grad for p in params])
             step_size = args.eta
-            if args.ascent == "normalized" and meta_grad_norm > 0:
+            if args.ascent == "normalized" and meta_grad_norm:
                 step_size = args.eta / meta_grad_norm
             with torch.no_grad():
                 for p in params:
@@ -305,11 +305,10 @@ if __name__ == "__main__":
         optimizer.step()
         optimizer.zero_grad()
         if args.eta:
-            metrics["train/J"] = J.item()
-            metrics["train/shift"] = shift
-            metrics["train/update"] = global_norm([p.detach() - old for p, old in zip(params, saved)])
+            update = global_norm([p.detach() - old for p, old in zip(params, saved)])
+            metrics.update({"train/J": J.item(), "train/shift": shift, "train/update": update})
             if step == start and shift < 0.5 * step_size * meta_grad_norm:
-                print0(f"{args.dtype} rounds most of the ascent away: use float32 or a larger --eta")
+                print0(f"{args.dtype} rounds most of the ascent away: use float32 or more --eta")
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = lr
         metrics["train/pairs_per_sec"] = len(index) / (time.time() - began)
