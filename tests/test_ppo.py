@@ -1,6 +1,7 @@
 """ppo_loop.py: its pieces against plain float64 loops, a bandit with a known optimum, and whole runs."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, data, settings, shell, toy
 from safetensors.torch import load_file
 from test_batch import DATA, ROWS, SEPARATES, SHARES, load
 from test_run import ends_alike, finished, records
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM)
 
 import common
 import ppo_loop
@@ -56,12 +59,13 @@ def test_policy_and_critic_read_what_separate_rows_say(name, tmp_path, tokenizer
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config({**SHARES, **SEPARATES}[name]).eval()
     plain.save_pretrained(tmp_path / "policy")
-    policy = ppo_loop.load_policy(tmp_path / "policy", tokenizer, CPU, args(max_length=32), "--model")
+    flags = args(max_length=32, max_new_tokens=9, temperature=0.7)
+    policy = ppo_loop.load_policy(tmp_path / "policy", tokenizer, CPU, flags, "--model")
     critic = load(name, tmp_path / "critic", tokenizer)
     assert policy.share == critic.share == (name in SHARES)
     batch = common.collate(DATA, [0, 1, 2], "cpu", policy.share)
     with torch.no_grad():
-        logp, values = policy(batch, 0.7, 9), ppo_loop.read_values(critic, batch, 9)
+        logp, values = ppo_loop.read_logp(policy, batch, flags), ppo_loop.read_values(critic, batch, flags)
     for i, (prompt, responses) in enumerate(ROWS):
         for j, response in enumerate(responses):
             ids, n = torch.tensor([prompt + response]), len(response)
@@ -73,18 +77,33 @@ def test_policy_and_critic_read_what_separate_rows_say(name, tmp_path, tokenizer
             assert (logp[i, j, n:] == 0).all() and (values[i, j, n:] == 0).all()
 
 
+def gae(rewards, values, gae_lambda):
+    """The advantages of one response, from their definition: lists (tokens,)."""
+    n, values = len(rewards), [*values, 0.0]
+    deltas = [rewards[t] + values[t + 1] - values[t] for t in range(n)]
+    return [sum(gae_lambda ** (u - t) * deltas[u] for u in range(t, n)) for t in range(n)]
+
+
 def test_advantages_against_a_plain_loop():
     """Each response has a length of its own; what stands behind it, any numbers here, does not count."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(4, 3, 7, dtype=torch.float64, generator=generator) for _ in range(2))
     counts = torch.randint(1, 8, (4, 3), generator=generator)
-    result = ppo_loop.estimate_advantages(rewards, values, torch.arange(7) < counts[..., None], 0.8, 0.9)
+    result = ppo_loop.estimate_advantages(rewards, values, torch.arange(7) < counts[..., None], 0.8)
     for i, j in np.ndindex(4, 3):
-        r, v = rewards[i, j, : counts[i, j]].tolist(), [*values[i, j, : counts[i, j]].tolist(), 0.0]
-        deltas = [r[t] + 0.9 * v[t + 1] - v[t] for t in range(len(r))]
-        expected = [sum((0.9 * 0.8) ** (u - t) * deltas[u] for u in range(t, len(r))) for t in range(len(r))]
-        assert result[i, j, : len(r)].tolist() == pytest.approx(expected, rel=1e-12)
-        assert (result[i, j, len(r) :] == 0).all()
+        n = counts[i, j]
+        expected = gae(rewards[i, j, :n].tolist(), values[i, j, :n].tolist(), 0.8)
+        assert result[i, j, :n].tolist() == pytest.approx(expected, rel=1e-12)
+        assert (result[i, j, n:] == 0).all()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_response_tokens_by_hand(share):
+    """The docstring's example."""
+    rows = ppo_loop.make_rows([[5, 6]], [[[7, 8], [9]]])
+    mask, ids, before = ppo_loop.response_tokens(common.collate(rows, [0], CPU, share), 3)
+    assert mask.int().tolist() == [[[1, 1, 0], [1, 0, 0]]] and ids.tolist() == [7, 8, 9]
+    assert [x.tolist() for x in before] == [[0, 0, 0 if share else 1], [1, 2, 1]]
 
 
 def test_losses_by_hand():
@@ -108,15 +127,24 @@ def test_rewards_stand_at_the_last_token():
 
 @pytest.mark.parametrize("scaling", ["none", "std", "norm"])
 def test_scores_are_rescaled_by_all_so_far(scaling):
-    moments, seen = ppo_loop.RunningMoments(), []
+    sums, seen = torch.zeros(3, dtype=torch.float64), []
     for part in np.random.default_rng(0).normal(3, 2, size=(6, 4, 5)):
         seen = np.append(seen, part)
         shift, scale = (seen.mean() if scaling == "norm" else 0), (seen.std(ddof=1) if scaling != "none" else 1)
-        result = moments.rescale(torch.tensor(part), scaling, 0).numpy()
+        result = ppo_loop.rescale(torch.tensor(part), sums, scaling, 0).numpy()
         np.testing.assert_allclose(result, (part - shift) / scale, rtol=1e-9)
-    assert ppo_loop.RunningMoments().rescale(torch.tensor([[-3.0, 0.5, 9.0]]), "none", 0.8).tolist() == [
-        [pytest.approx(x) for x in (-0.8, 0.5, 0.8)]]
-    assert ppo_loop.RunningMoments().rescale(torch.full((2, 2), 4.0), "norm", 0).abs().max() == 0  # std 0
+    clipped = ppo_loop.rescale(torch.tensor([[-3.0, 0.5, 9.0]]), sums, "none", 0.8)
+    torch.testing.assert_close(clipped, torch.tensor([[-0.8, 0.5, 0.8]]))
+    assert ppo_loop.rescale(torch.full((2, 2), 4.0), sums * 0, "norm", 0).abs().max() == 0  # std 0
+
+
+def test_responses_end_as_in_reward_training():
+    """The stop token, of which there may be several, gives way to what ends a response there. Nothing may be left of a
+    response only if nothing ends it, as in TRL's models that pad with EOS."""
+    for tokens, end, expected in [
+            ([7, 8, 2], [2], [7, 8, 2]), ([7, 8, 5], [2], [7, 8, 2]), ([7, 8], [2], [7, 8, 2]), ([2], [2], [2]),
+            ([7, 5], [5, 9], [7, 5, 9]), ([7, 2], [], [7]), ([2], [], [2])]:
+        assert ppo_loop.end_response(tokens, [2, 5], end) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
@@ -128,9 +156,9 @@ def test_samples_follow_the_policy(llama, tokenizer):
     with torch.no_grad():
         policy.hf_model.lm_head.weight *= 8  # opinions
     prompts = [[1, 7, 9], [1, 4, 5, 6, 7, 8, 9, 10]]
-    responses = ppo_loop.generate(policy, prompts, 4000, (0, 0, 1), args())
-    assert responses == ppo_loop.generate(policy, prompts, 4000, (0, 0, 1), args())
-    assert responses != ppo_loop.generate(policy, prompts, 4000, (0, 0, 2), args())
+    responses = ppo_loop.sample_responses(policy, prompts, 4000, (0, 0, 1), args())
+    assert responses == ppo_loop.sample_responses(policy, prompts, 4000, (0, 0, 1), args())
+    assert responses != ppo_loop.sample_responses(policy, prompts, 4000, (0, 0, 2), args())
     for prompt, response in zip(prompts, responses):
         with torch.no_grad():
             expected = torch.softmax(policy.hf_model(torch.tensor([prompt])).logits[0, -1] / 0.5, -1)
@@ -144,7 +172,7 @@ def test_a_policy_stops_at_each_of_its_stop_tokens(llama, tokenizer, tmp_path):
     model.generation_config.update(eos_token_id=[2, 5, 9], repetition_penalty=50.0, num_beams=2, do_sample=True)
     model.save_pretrained(tmp_path)
     policy = ppo_loop.load_policy(tmp_path, tokenizer, CPU, args(max_new_tokens=60), "--model")
-    responses = ppo_loop.generate(policy, [[1, 7, 9 + i % 5] for i in range(50)], 3, (0, 1, 1), args())
+    responses = ppo_loop.sample_responses(policy, [[1, 7, 9 + i % 5] for i in range(50)], 3, (0, 1, 1), args())
     lasts = []
     for y in sum(responses, []):
         assert not {2, 5, 9} & set(y[:-1]) and (y[-1] in (2, 5, 9) or len(y) == 60)
@@ -156,25 +184,91 @@ def test_sampling_in_bf16_leaves_the_weights_sharded(llama, tokenizer):
     """They are gathered for the whole of it, and must be gathered anew after the next step."""
     policy = ppo_loop.load_policy(llama, tokenizer, CPU, args(dtype="bfloat16"), "--model")
     batch = common.collate(DATA, [0, 1, 2], "cpu", policy.share)
-    before = policy(batch, 1.0, 9).detach()
-    responses = ppo_loop.generate(policy, [[1, 5], [1, 6, 7]], 3, (0, 0, 0), args())
+    flags = args(max_new_tokens=9)
+    before = ppo_loop.read_logp(policy, batch, flags).detach()
+    responses = ppo_loop.sample_responses(policy, [[1, 5], [1, 6, 7]], 3, (0, 0, 0), args())
     assert [len(y) for y in responses] == [3, 3] and policy.training
     assert all(isinstance(p, DTensor) for p in policy.parameters())
     with torch.no_grad():
         for p in policy.parameters():
             p.mul_(1.5)
-    assert (policy(batch, 1.0, 9) - before).abs().max() > 0.01
+    assert (ppo_loop.read_logp(policy, batch, flags) - before).abs().max() > 0.01
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(name)
 
 
 def test_prompts(tokenizer, tmp_path, capsys):
     """Of rows with a prompt alone and of comparisons; long ones keep the BOS and their end, with room for an EOS."""
-    rows = [{"prompt": "name two fruits"}, {"prompt": "name three tools and four trees"}, {"prompt": ""}]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts, ids = ppo_loop.load_prompts(str(tmp_path / "p.jsonl"), "train", tokenizer, args(max_length=10))
-    assert texts == [row["prompt"] for row in rows[:2]]
-    assert tokenizer.batch_decode(ids) == ["<s> name two fruits", "<s> and four trees"]
-    texts, ids = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args(), 7)
-    assert len(ids) == 7 and texts[0].endswith("Assistant:")
+    rows = [{"prompt": text} for text in ("name two fruits", "name three tools and four trees", "", None)]
+    prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args(max_length=10))
+    assert prompts.texts == [row["prompt"] for row in rows[:2]]
+    assert tokenizer.batch_decode(prompts.ids) == ["<s> name two fruits", "<s> and four trees"]
+    assert "2 of 4 rows have a prompt; 1 prompts truncated" in capsys.readouterr().out
+    prompts = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args(), 7)
+    assert len(prompts.ids) == 7 and prompts.texts[0].endswith("Assistant:")
+    for other in ({"responses": []}, {"chosen": None, "rejected": None}, {"responses": [" fig"], "chosen": None}):
+        one = write(tmp_path / "one.jsonl", [{"prompt": "name two fruits", **other}])
+        assert ppo_loop.load_prompts(one, "train", tokenizer, args()).texts == ["name two fruits"]
+
+
+def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
+    """A tokenizer without BOS has none for white space. Nor have answers to different prompts a prompt."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    rows = [{"prompt": "\n"}, {"prompt": "name two fruits"}]
+    prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args())
+    assert prompts.texts == ["name two fruits"] and "1 of 2 rows" in capsys.readouterr().out
+    pairs = [{"chosen": f"\n\nHuman: {x}\n\nAssistant: fig", "rejected": "\n\nHuman: a\n\nAssistant: dog"} for x in "ab"]
+    assert len(ppo_loop.load_prompts(write(tmp_path / "q.jsonl", pairs), "train", tokenizer, args()).ids) == 1
+
+
+CHAT = [{"role": "user", "content": "name two fruits"}]
+FIG, DOG = [{"role": "assistant", "content": "fig"}], [{"role": "assistant", "content": "dog saw"}]
+PLAIN = ("{% for m in messages %}{{ m.role }} {{ m.content }} {{ eos_token }} {% endfor %}"
+         "{% if add_generation_prompt %}assistant {% endif %}")
+THINKS = PLAIN.replace("assistant {%", "assistant <think> {%")
+
+
+@pytest.mark.parametrize("template, bos, fits", [
+    (None, True, True), (None, False, True), (PLAIN, True, True), ("{{ bos_token }} " + PLAIN, True, True),
+    (THINKS, True, False)])
+def test_prompts_have_the_ids_of_reward_training(template, bos, fits, tmp_path, capsys):
+    """Here every turn ends in EOS, as DialoGPT's do. Where the template writes something else in front of a response
+    that is sampled, there is a warning."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = template
+    if not bos:
+        tokenizer.backend_tokenizer.post_processor = None
+    prompt = CHAT if template else "\n\nHuman: name two fruits\n\nAssistant:"
+    ids = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", [{"prompt": prompt}]), "train", tokenizer, args()).ids[0]
+    responses = [FIG, DOG] if template else [" fig", " dog saw"]
+    trained = common.encode(prompt, responses, tokenizer, 64)[0]
+    assert (ids == trained) == fits == ("warning" not in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("change, is_chat, fits", [
+    ({}, True, True), ({"pad_token": "<|other pad|>"}, True, True), ({"pad_token": "</s>"}, False, True),
+    ({"eos_token": "fig"}, False, False), ({"bos_token": "fig"}, False, False), ({"bos": False}, False, False),
+    ({"chat_template": THINKS}, True, False), ({"chat_template": THINKS}, False, True)])
+def test_the_reward_model_must_read_like_the_policy(change, is_chat, fits):
+    """Llama 3's base and instruct models have one vocabulary, but different EOS tokens and templates."""
+    ours, theirs = toy.make_tokenizer(), toy.make_tokenizer()
+    ours.chat_template = theirs.chat_template = PLAIN
+    if "pad_token" in change:
+        theirs.add_special_tokens(change)
+    elif "bos" in change:
+        theirs.backend_tokenizer.post_processor = None
+    else:
+        for name, value in change.items():
+            setattr(theirs, name, value)
+    if fits:
+        ppo_loop.check_tokenizers(ours, theirs, is_chat, args(model="lm", reward_model="rm"))
+    else:
+        with pytest.raises(SystemExit, match=r"^error: --reward-model rm [^\n]*$"):
+            ppo_loop.check_tokenizers(ours, theirs, is_chat, args(model="lm", reward_model="rm"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -185,7 +279,7 @@ def test_bandit_reaches_its_optimum(ppo, llama, reward_model, tokenizer):
     ppo("--data", "one.jsonl", "--eval-data", "one=one.jsonl", "--iterations", 120, "--batch-size", 1,
         "--num-responses", 256, "--max-new-tokens", 1, "--reward-scaling", "none", "--reward-clip", 0,
         "--missing-eos-penalty", 0, "--kl-coef", 0.5, "--lr", 3e-3, "--critic-lr", 1e-2, "--eval-every", 0)
-    prompt = ppo_loop.load_prompts("one.jsonl", "train", tokenizer, args())[1][0]
+    prompt = ppo_loop.load_prompts("one.jsonl", "train", tokenizer, args()).ids[0]
     start, end = (AutoModelForCausalLM.from_pretrained(name) for name in (llama, RUN / "policy"))
     reward = AutoModelForSequenceClassification.from_pretrained(reward_model)
     with torch.no_grad():
@@ -195,6 +289,87 @@ def test_bandit_reaches_its_optimum(ppo, llama, reward_model, tokenizer):
     best = torch.log_softmax(before + r / 0.5, -1)
     gaps = [(best.exp() * (best - logp)).sum().item() for logp in (before, after)]
     assert gaps[0] > 0.05 and gaps[1] < gaps[0] / 20
+
+
+@pytest.mark.parametrize("warmup, factor", [(0, 1.0), (1, 0.5)])
+def test_an_iteration_against_a_plain_reference(warmup, factor, ppo, llama, reward_model, tokenizer):
+    """The first of two iterations, one response at a time, with plain transformers models: metrics and new weights. The
+    policy stops at twenty tokens, so that some responses end and some do not."""
+    lm, ref = (AutoModelForCausalLM.from_pretrained(llama) for _ in range(2))
+    lm.generation_config.eos_token_id = [2, *range(50, 70)]
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in ref.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    for folder, model in (("lm", lm), ("ref", ref)):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    ppo("--model", "lm", "--reference", "ref", "--iterations", 2, "--epochs", 1, "--warmup-ratio", warmup,
+        "--save-every", 1, "--eval-data", "--lr", 1e-3, "--critic-lr", 2e-3, "--max-grad-norm", 0, "--kl-coef", 0.3,
+        "--missing-eos-penalty", 0.7, "--reward-clip", 1, "--gae-lambda", 0.9, "--temperature", 0.9)
+    line = records(RUN)[1]
+
+    # the same responses
+    flags = args(temperature=0.9, max_new_tokens=6, rollout_batch_size=4)
+    ids = ppo_loop.load_prompts(data(), "train", tokenizer, flags).ids
+    ids = [ids[i] for i in common.batch_indices(len(ids), 8, 0, 0)]
+    policy = ppo_loop.load_policy("lm", tokenizer, CPU, flags, "--model")
+    responses = ppo_loop.sample_responses(policy, ids, 2, (0, 0, 0), flags)
+    pairs = [(prompt, y) for prompt, ys in zip(ids, responses) for y in ys]
+    stop = {2, *range(50, 70)}
+    ended = np.array([y[-1] in stop for _, y in pairs])
+    assert 2 < ended.sum() < len(ended) - 2
+
+    # log-probabilities, values and scores
+    rm, critic = (AutoModelForSequenceClassification.from_pretrained(reward_model) for _ in range(2))
+    def read(model, prompt, y):
+        logits = model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1 : -1]
+        return F.log_softmax(logits / 0.9, -1)[range(len(y)), y]
+    logps, values, ref_logps, scores = [], [], [], []
+    for prompt, y in pairs:
+        logps.append(read(lm, prompt, y))
+        hidden = critic.model(torch.tensor([prompt + y])).last_hidden_state[0, len(prompt) - 1 : -1]
+        values.append(critic.score(hidden)[:, 0])
+        ref_logps.append(read(ref, prompt, y).detach())
+        words = y[:-1] if y[-1] in stop else y
+        scores.append(rm(torch.tensor([prompt + words + [2]])).logits.item())
+
+    # rewards and advantages
+    scores = np.array(scores)
+    rescaled = ((scores - scores.mean()) / scores.std(ddof=1)).clip(-1, 1) - 0.7 * ~ended
+    advantages, returns = [], []
+    for logp, value, ref_logp, score in zip(logps, values, ref_logps, rescaled):
+        rewards = (-0.3 * (logp - ref_logp)).tolist()
+        rewards[-1] += score
+        advantages.append(torch.tensor(gae(rewards, value.tolist(), 0.9)))
+        returns.append(advantages[-1] + value.detach())
+    advantages, returns, logp, ref_logp, value = map(torch.cat, (advantages, returns, logps, ref_logps, values))
+    advantages = (advantages - advantages.mean()) / advantages.std()
+
+    # losses and gradients
+    policy_loss = -(advantages * (logp - logp.detach()).exp()).mean()
+    value_loss = (value - returns).pow(2).mean() / 2
+    norms = []
+    for model, loss in ((lm, policy_loss), (critic, value_loss)):
+        loss.backward()
+        norms.append(math.sqrt(sum(p.grad.pow(2).sum() for p in model.parameters() if p.grad is not None)))
+    expected = {
+        "policy_loss": policy_loss, "value_loss": value_loss, "grad_norm": norms[0], "critic_grad_norm": norms[1],
+        "score": scores.mean(), "score_std": scores.reshape(8, 2).std(1, ddof=1).mean(), "ended": ended.mean(),
+        "length": len(logp) / 16, "kl": (logp - ref_logp).sum() / 16, "perplexity": (-ref_logp.mean()).exp(),
+        "entropy": -logp.mean(), "explained_variance": 1 - (returns - value).var() / returns.var(),
+        "approx_kl": 0, "clip_fraction": 0, "value_clip_fraction": 0}
+    for key, x in expected.items():
+        assert line[f"ppo/{key}"] == pytest.approx(torch.as_tensor(x).item(), rel=1e-3, abs=1e-5), key
+
+    # AdamW's first step
+    saved = {name: x for path in RUN.glob("checkpoint-1/*.safetensors") for name, x in load_file(path).items()}
+    for name, model, lr, eps in (("policy", lm, 1e-3, 1e-6), ("critic", critic, 2e-3, 1e-8)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr * factor, betas=(0.9, 0.95), eps=eps, weight_decay=0)
+        optimizer.step()
+        for key, p in model.named_parameters():
+            error = (saved[f"model.{name}.hf_model.{key}"] - p).abs()
+            assert (error < 0.02 * lr).float().mean() > 0.99, key  # the sign of a tiny gradient is rounding
 
 
 def test_a_run_and_its_samples(ppo, llama, tokenizer):
@@ -268,16 +443,64 @@ def test_the_loop_of_the_docstring(llama, tmp_path):
     assert json.loads((tmp_path / "runs/ppo-2/metrics.jsonl").read_text().splitlines()[0])["step"] == 0
 
 
+def test_a_policy_without_a_pad_token(ppo, llama, tokenizer):
+    """load_tokenizer adds one, for which the policy has no embedding. Plain transformers pads a batch for what is saved,
+    and samples from it."""
+    lm = AutoModelForCausalLM.from_pretrained(llama)
+    lm.config.pad_token_id = lm.generation_config.pad_token_id = None
+    for folder in ("lm", "rm"):
+        own = toy.make_tokenizer()
+        own.pad_token = None
+        own.save_pretrained(folder)
+    lm.save_pretrained("lm")
+    ppo("--model", "lm", "--iterations", 1, "--eval-data")
+    saved, model = AutoTokenizer.from_pretrained(RUN / "policy"), AutoModelForCausalLM.from_pretrained(RUN / "policy")
+    rows = model.get_input_embeddings().num_embeddings
+    assert max(len(saved), saved.pad_token_id + 1, *(i + 1 for i in saved.get_vocab().values())) <= rows
+    batch = saved(["name two fruits", "name three tools and trees"], padding=True, return_tensors="pt")
+    assert batch.attention_mask.min() == 0
+    model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+
+
+def test_a_batch_of_one_token(ppo):
+    """It has no standard deviation: its advantage is not whitened, and the run goes on."""
+    write("one.jsonl", [{"prompt": "\n\nHuman: name two fruits\n\nAssistant:"}])
+    ppo("--data", "one.jsonl", "--eval-data", "--batch-size", 1, "--num-responses", 1, "--max-new-tokens", 1,
+        "--iterations", 2, "--reward-scaling", "none")
+    assert [line["ppo/length"] for line in records(RUN)[1:]] == [1, 1]
+    assert all(math.isfinite(x) for line in records(RUN) for x in line.values())
+
+
+def test_the_toy_world(monkeypatch):
+    """By default, and for a policy of later rounds, however the reference is spelled. Otherwise there is no default
+    reward model, but samples need none."""
+    def parse(*flags):
+        monkeypatch.setattr("sys.argv", ["ppo_loop.py", *flags])
+        return ppo_loop.parse_args()
+
+    for flags in ([], ["--reference", f"{ROOT}/tests/../docs/toy/model/", "--model", "runs/ppo-1/policy"]):
+        found = parse(*flags, "--kl-coef", "0.5")
+        assert (found.iterations, found.kl_coef, found.lr) == (100, 0.5, 1e-3)
+        assert found.model == (flags[-1] if flags else f"{ROOT}/docs/toy/model")
+        assert Path(found.reward_model) == ROOT / "docs/toy/reward_model"
+    with pytest.raises(SystemExit):
+        parse("--model", "gpt2")
+    assert parse("--model", "gpt2", "--iterations", "0").data == "Anthropic/hh-rlhf"
+
+
 @pytest.mark.parametrize("flags, name", [
     (["--kl-coef", "-1"], "--kl-coef"), (["--missing-eos-penalty", "nan"], "--missing-eos-penalty"),
     (["--max-new-tokens", "64"], "--max-new-tokens"), (["--data", "none.jsonl"], "none.jsonl"),
     (["--data", "bad.jsonl"], "bad.jsonl: row 2"), (["--reward-model", "nowhere"], "nowhere"),
     (["--model", "rm"], "--model rm"), (["--iterations", "0", "--max-length", "257"], "--max-length"),
     (["--reward-model", "lm"], "lm"), (["--reward-model", "words"], "tokenizer"), (["--gold", "none.py"], "none.py"),
-    (["--lr", "1e30", "--max-grad-norm", "1e30"], "--lr")])
+    (["--lr", "1e30", "--max-grad-norm", "1e30"], "--lr"), (["--gold", "raises.py"], "raises.py"),
+    (["--gold", "none_at_all.py"], "none_at_all.py")])
 def test_bad_input(flags, name, ppo, llama, tokenizer):
-    Path("bad.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps(
-        {"chosen": "no transcript", "rejected": "x"}) + "\n")
+    write("bad.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+                        {"chosen": "no transcript", "rejected": "x"}])
+    Path("raises.py").write_text("def gold(prompt, response):\n    return {}[response]\n")
+    Path("none_at_all.py").write_text("def gold(prompt, response):\n    pass\n")
     shutil.copytree(llama, "lm")
     shutil.copytree("rm", "words")
     Path("words/tokenizer.json").write_text(Path("words/tokenizer.json").read_text().replace('"apple"', '"pomme"'))
