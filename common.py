@@ -236,9 +236,10 @@ def render(messages, tokenizer, **kwargs):
     """Messages -> text, by the tokenizer's chat template; kwargs are those of apply_chat_template.
 
     Llama 3's template writes today's date. It is pinned, or scores would change every day."""
-    today = datetime.datetime(2024, 1, 1)
+    pinned_date = "{% macro strftime_now(format) %}01 Jan 2024{% endmacro %}"
+    template = pinned_date + tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, strftime_now=today.strftime, **kwargs)
+        messages, chat_template=template, tokenize=False, **kwargs)
 
 
 @functools.cache
@@ -382,6 +383,9 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     sizes = sorted(set(data["k"][:]))
     if sizes != [k or sizes[0]]:
         fatal(f"{source}: rows have {sizes} responses, which must be {k or 'equally many'}")
+    prompts = np.concatenate(data[:100]["prompt_ids"])
+    if np.mean(prompts == tokenizer.unk_token_id) > 0.5:
+        fatal(f"{source}: the tokenizer knows few of the words: choose a --model for such text")
     return data
 
 

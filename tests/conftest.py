@@ -73,4 +73,6 @@ def shell(model, script, *flags, ranks=0, cwd=None):
     """Start a script as a user does, with `ranks` under torchrun -> the process."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
     command = [sys.executable, *start, str(ROOT / script), *small(script, model), *map(str, flags)]
-    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a terminal without "±"
+    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "PYTHONIOENCODING": "ascii"})

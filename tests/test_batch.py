@@ -1,5 +1,7 @@
 """The batch, its mask, the model that reads it, and the order of a run."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +101,17 @@ def test_rewards_are_those_of_texts_alone(name, tmp_path, tokenizer):
     assert half.share == (name in SHARES) and {type(p) for p in half.parameters()} == {DTensor}
     assert {p.dtype for p in half.parameters()} == {torch.float32}
     torch.testing.assert_close(common.compute_rewards(half, DATA, 64), plain, rtol=0, atol=0.05)
+
+
+def test_one_model_at_a_time(tmp_path, tokenizer):
+    """FSDP keeps a deleted model in reference cycles until the next load."""
+    model = load("llama", tmp_path, tokenizer, dtype="bfloat16")
+    weight = weakref.ref(model.hf_model.score.weight)
+    del model
+    gc.disable()
+    load("llama", tmp_path, tokenizer, dtype="bfloat16")
+    gc.enable()
+    assert weight() is None
 
 
 def test_gradients_are_those_of_texts_alone(tmp_path, tokenizer):

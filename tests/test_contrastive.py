@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import data, settings, shell
-from test_run import assert_close, finished
+from test_run import assert_close, finished, records
 
 import common
 import contrastive_rm as rm
@@ -50,7 +50,7 @@ def test_stack_samples():
     assert rm.stack_samples(features, "differences").tolist() == [[[-2, -3], [-2, -1], [2, 3], [2, 1]]]
 
 
-def test_both_passes_see_the_same_masks(llama, tokenizer):
+def test_both_passes_see_the_same_masks(llama, tokenizer, monkeypatch):
     """Also if activations are recomputed, and then the gradients are those of the same masks."""
     def features(seed, step):  # (32, 2, hidden), the first view first
         return torch.cat([x[3] for x in rm.forward_views(model, batches, 2, seed, step)])
@@ -65,7 +65,9 @@ def test_both_passes_see_the_same_masks(llama, tokenizer):
         second.square().sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*gradients)
-    for other in (first.roll(16, 0), features(1, 5), features(0, 6)):  # views, seeds and steps differ
+    others = [first.roll(16, 0), features(1, 5), features(0, 6)]  # views, seeds and steps differ
+    monkeypatch.setattr(rm, "RANK", 1)
+    for other in (*others, features(0, 5)):  # and ranks
         assert (other - first).norm() > 0.1 * first.norm()
     plain = tiny(llama, tokenizer, 0.0)[0]  # what the evaluation of the model is, too
     assert torch.equal(common.compute_rewards(model, rows, 256), common.compute_rewards(plain, rows, 256))
@@ -104,6 +106,17 @@ def test_neutral_is_the_baseline_bit_for_bit(script):
     assert_close("neutral", "baseline", rel=0)
     with pytest.raises(SystemExit, match="--dropout 0"):  # beta is not 0
         script(SCRIPT, "--dropout", 0)
+
+
+def test_what_is_logged_of_the_first_step(script):
+    """Means over the views, which are equal with this dropout; the contrastive loss without its weight."""
+    script("baseline_rm.py", "--epochs", 0.1, "--output-dir", "baseline")
+    for beta in (1, 0.25):
+        script(SCRIPT, "--beta", beta, "--dropout", 1e-9, "--epochs", 0.1, "--output-dir", f"beta-{beta}")
+    [one], [quarter], [plain] = records("beta-1"), records("beta-0.25"), records("baseline")
+    assert one["train/contrastive"] == pytest.approx(quarter["train/contrastive"], rel=1e-6)
+    for key in ("train/loss", "train/accuracy", "train/reward_chosen"):
+        assert one[key] == pytest.approx(plain[key], rel=1e-5)
 
 
 def test_resumed_with_prototypes(script, monkeypatch):

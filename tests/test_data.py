@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
 from conftest import ROOT, toy
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
@@ -19,6 +20,9 @@ TEXT_FORMS = {  # one comparison in every form
     "hh-rlhf": {"chosen": TEXT + " apple pear", "rejected": TEXT + " dog"},
     "prompt": {"prompt": TEXT, "chosen": " apple pear", "rejected": " dog"},
     "repeated prompt": {"prompt": TEXT, "chosen": TEXT + " apple pear", "rejected": TEXT + " dog"},
+    "repeated without blank lines": {
+        "prompt": TEXT.strip(), "chosen": TEXT + " apple pear", "rejected": TEXT + " dog"},
+    "null prompt": {"prompt": None, "chosen": TEXT + " apple pear", "rejected": TEXT + " dog"},
     "authors' release": {"chosen": ["name two fruits", "apple pear"], "rejected": ["name two fruits", "dog"],
                          "mean preference difference": 0.5, "GPT4 label": 1},
     "responses": {"prompt": TEXT, "responses": [" apple pear", " dog"]},
@@ -31,6 +35,8 @@ CHAT_FORMS = {
     "repeated text": {"prompt": USER["content"] + "\n", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "responses": {"prompt": [USER], "responses": [[GOOD], [BAD]]},
 }
+SYSTEM = {"role": "system", "content": "be brief"}
+EARLIER = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}\n{% endfor %}"
 
 
@@ -68,15 +74,27 @@ def test_read_row():
     assert responses == [" saw axe", " saw"]
     row = {"prompt": "name", "chosen": "name two", "rejected": "dog"}  # one response just quotes
     assert common.read_row(row) == ("name", ["name two", "dog"])
-    system = {"role": "system", "content": "be brief"}  # the prompt is repeated, but does not come first
-    row = {"prompt": USER["content"], "chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]}
-    assert common.read_row(row) == ([system, USER], [[GOOD], [BAD]])
+
+
+@pytest.mark.parametrize("prompt, repeated, whole", [
+    (USER["content"], [SYSTEM, USER], [SYSTEM, USER]),  # the prompt stands inside of the conversation
+    ([SYSTEM, USER], [USER], [SYSTEM, USER]),  # its last turn is repeated
+    ([SYSTEM, *EARLIER, USER], [EARLIER[1], USER], [SYSTEM, *EARLIER, USER]),  # its last turns
+    ([SYSTEM], [USER], [SYSTEM, USER]),
+    (EARLIER, [USER], [*EARLIER, USER]),
+    ([USER, EARLIER[1]], [USER], [USER, EARLIER[1], USER]),  # the same question is asked again
+])
+def test_turns_that_prompt_and_responses_share_stand_once(prompt, repeated, whole):
+    row = {"prompt": prompt, "chosen": [*repeated, GOOD], "rejected": [*repeated, BAD]}
+    assert common.read_row(row) == (whole, [[GOOD], [BAD]])
 
 
 @pytest.mark.parametrize("row", [
-    {"prompt": TEXT, "chosen": " dog", "rejected": None},
     {"prompt": TEXT, "chosen": " dog"},
-    {"chosen": [{"from": "x"}], "rejected": [{"from": "y"}]},
+    {"chosen": [{"from": "x", "value": "y"}], "rejected": [{"from": "x", "value": "z"}]},
+    {"conversations": [{"from": "x", "value": "y"}], "chosen": {"from": "x", "value": "y"}},
+    {"question": "name two fruits", "response_j": " fig", "response_k": " dog"},
+    {"data": [TEXT]},
     {"chosen": ["name two fruits", None], "rejected": ["name two fruits", " dog"]},
     {"prompt": TEXT, "responses": 3.0},
     {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD, USER]},
@@ -88,14 +106,30 @@ def test_unknown_forms_name_the_row(row, tokenizer):
 
 
 def test_unusable_rows_are_dropped_and_counted(tokenizer, capsys):
+    """Each for its own reason."""
     good, other = TEXT_FORMS["hh-rlhf"], "\n\nHuman: name two tools\n\nAssistant: saw"
-    bad = [{**good, "rejected": x} for x in (good["chosen"], TEXT + " ", other, TEXT + " dog" * 64)]
+    bad = [{**good, "rejected": x} for x in (
+        good["chosen"], TEXT + "  apple  pear", TEXT + " ", None, other, TEXT + " dog" * 64)]
     data = tokenize([bad[0], good, *bad[1:], good], tokenizer, 7)
-    assert data["row"][:] == [1, 5] and "2 of 6 rows, 2 prompts truncated" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^error: x.jsonl: "):
-        tokenize(bad, tokenizer)
+    assert data["row"][:] == [1, 7] and data["truncated"][:] == [True, True]
+    line = capsys.readouterr().out
+    for count in ("2 with equal responses", "2 empty", "1 with different prompts", "1 too long"):
+        assert count in line
+    for row in ({"prompt": None, "chosen": " dog", "rejected": " fig"}, {"prompt": TEXT, "responses": []},
+                {"prompt": TEXT, "responses": [" fig"]}, {"chosen": None, "rejected": [USER, GOOD]}, *bad):
+        with pytest.raises(SystemExit, match="^error: x.jsonl: no row"):
+            tokenize([row], tokenizer)
     with pytest.raises(SystemExit, match="^error: x.jsonl: .*--model"):  # a tokenizer that knows no such words
         tokenize([{"prompt": "Why is that?", "chosen": " dog", "rejected": " cat"}], tokenizer)
+
+
+def test_responses_that_a_template_makes_equal_are_dropped():
+    chat = toy.make_tokenizer()
+    chat.chat_template = TEMPLATE.replace("m.content", "m.content.split('thinks')[-1]")
+    thinking = {"role": "assistant", "content": "dog thinks apple pear"}
+    row = {"prompt": [USER], "chosen": [GOOD], "rejected": [thinking]}
+    with pytest.raises(SystemExit):
+        tokenize([row], chat)
 
 
 # -------------------------------------------------------------------------------------------------- tokens, truncation
@@ -106,9 +140,10 @@ def test_exactly_one_bos_and_eos(adds_bos):
     if not adds_bos:
         tokenizer.backend_tokenizer.post_processor = None
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
-    for prompt, response in (("name", " dog"), ("<s> name", " dog"), ("name", " dog </s>"), ("name", " dog </s> cat")):
+    for prompt, response in (("name", " dog"), ("<s> name", " dog"), ("name", " dog </s>"), ("name", " dog </s> cat"),
+                             ("name", " dog </s>\n"), ("name", " dog </s> </s> \n")):
         [row] = tokenize([{"prompt": prompt, "chosen": response, "rejected": " fig"}], tokenizer)
-        expected = f"{prompt}{response}".removeprefix("<s> ").removesuffix(" </s>") + " </s>"
+        expected = f"{prompt}{response}".removeprefix("<s> ").rstrip("\n </s>") + " </s>"
         if adds_bos or "<s>" in prompt:
             expected = "<s> " + expected
         assert words(tokenizer, row["prompt_ids"] + row["response_ids"][0]) == expected
@@ -140,21 +175,66 @@ def test_truncation_keeps_bos_and_the_newest_tokens(k, tokenizer):
     pytest.raises(SystemExit, tokenize, [row], tokenizer, 6)  # the prompt would be a BOS alone
 
 
-def test_the_date_is_fixed(llama, tmp_path):
-    """Also in the template of the tokenizer that a run saves and another run loads."""
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + TEMPLATE
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        tokenizer.save_pretrained(folder)
-        tokenizer = common.load_tokenizer(folder)
-        assert tokenizer.apply_chat_template([USER], tokenize=False).startswith("01 Jan 2024 <s>user name")
+def test_a_tokenizer_that_adds_eos_itself():
+    tokenizer = toy.make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    [row] = tokenize([TEXT_FORMS["prompt"]], tokenizer)
+    assert words(tokenizer, row["prompt_ids"]) == "<s> Human: name two fruits Assistant:"
+    assert words(tokenizer, row["response_ids"][0]) == "apple pear </s>"
 
 
-def test_pad_is_never_eos(llama, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    for tokenizer.pad_token in (None, "</s>"):
-        tokenizer.save_pretrained(tmp_path)
-        assert common.load_tokenizer(tmp_path).pad_token == "<|pad|>"
+def test_a_response_that_begins_another_keeps_a_token(tokenizer):
+    prompt_ids, response_ids, _ = common.encode(TEXT, [" apple", " apple </s> pear"], tokenizer, 64)
+    assert words(tokenizer, prompt_ids) == "<s> Human: name two fruits Assistant: apple"
+    assert [words(tokenizer, ids) for ids in response_ids] == ["</s>", "</s> pear </s>"]
+
+
+@pytest.mark.parametrize("end, expected", [
+    ("{{ eos_token }}", "</s>"), ("{{ eos_token }} saw", "</s> saw"), (" dog dog", "dog dog"), ("", "")])
+def test_a_conversation_ends_as_its_template_ends_it(end, expected):
+    """Also where PPO puts the end behind a sampled response."""
+    chat = toy.make_tokenizer()
+    chat.chat_template = "{% for m in messages %} {{ m.content }}" + end + "{% endfor %}"
+    prompt_ids, response_ids, _ = common.encode([USER], [[GOOD], [BAD]], chat, 64)
+    assert words(chat, response_ids[0]) == f"apple pear {expected}".strip()
+    assert words(chat, common.end_ids(chat, is_chat=True)) == expected
+    assert words(chat, common.end_ids(chat, is_chat=False)) == "</s>"
+    template_ids = chat.apply_chat_template([USER, GOOD], return_dict=False)
+    assert prompt_ids + response_ids[0] == template_ids
+
+
+def test_padding_with_eos_means_reading_before_it():
+    """As transformers' classifiers do: see test_other_reward_models in test_eval.py."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.pad_token = "</s>"
+    _, response_ids, _ = common.encode(TEXT, [" apple pear", " dog"], tokenizer, 64)
+    assert [words(tokenizer, ids) for ids in response_ids] == ["apple pear", "dog"]
+    assert common.end_ids(tokenizer, is_chat=False) == []
+
+
+@pytest.mark.parametrize("date", ["strftime_now('%d %b %Y')", "now('(%d) %b %Y')"])
+def test_the_date_is_fixed(date):
+    """Also under another name, also if the tokenizer has several templates."""
+    template = "{% set now = strftime_now %}{{ " + date + " }} " + TEMPLATE
+    for chat_template in (template, {"default": template, "tools": template}):
+        tokenizer = toy.make_tokenizer()
+        tokenizer.chat_template = chat_template
+        assert common.render([USER], tokenizer).startswith("01 Jan 2024 <s>user name")
+
+
+def test_pad_is_eos_only_for_a_reward_model_that_was_trained_so(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    for architecture, pad, expected in (
+            ("LlamaForCausalLM", None, "<|pad|>"), ("LlamaForCausalLM", 2, "<|pad|>"),
+            ("LlamaForSequenceClassification", None, "<|pad|>"), ("LlamaForSequenceClassification", 2, "</s>")):
+        for saved_pad in (None, "</s>"):
+            tokenizer = AutoTokenizer.from_pretrained(llama)
+            tokenizer.pad_token = saved_pad
+            tokenizer.save_pretrained(tmp_path)
+            text = json.dumps({**config, "architectures": [architecture], "pad_token_id": pad})
+            (tmp_path / "config.json").write_text(text)
+            assert common.load_tokenizer(tmp_path).pad_token == expected
 
 
 def test_a_tokenizer_does_not_change_by_its_calls():
@@ -174,6 +254,8 @@ def test_sources(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "folder.parquet/a.jsonl").write_text(lines)
     Dataset.from_list(rows).to_parquet("a.parquet")
     for source in ("a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", f"{tmp_path}/a.jsonl"):
         assert common.load_rows(source).to_list() == rows, source
@@ -182,9 +264,27 @@ def test_sources(tmp_path, monkeypatch):
     for args, length, eos in (((tokenizer, 64), 11, 2), ((tokenizer, 8), 10, 2), ((other, 64), 11, 3)):
         [row, _] = common.tokenize(common.load_rows("a.jsonl"), "a.jsonl", *args)  # which is cached
         assert row["length"] == length and row["response_ids"][0][-1] == eos
-    for source in ("none.jsonl", "empty.jsonl", "no/such-set", "no/such-set:config:test"):
+    for source in ("none.jsonl", "empty.jsonl", "no/such-set", "no/such-set:config:test", "folder.parquet"):
         with pytest.raises(SystemExit, match=f"^error: {source}: "):
             common.load_rows(source)
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "a:3.jsonl", "a b.json"])
+def test_the_file_that_was_named(name, tmp_path, monkeypatch):
+    """Whatever a glob or a hub id would make of its name; also if another takes its place within its time stamp."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a1.jsonl").write_text(json.dumps({"x": "other"}))
+    for text in ("one", "two", "three"):
+        (tmp_path / name).write_text(json.dumps({"x": text}))
+        os.utime(name, (1, 1))
+        assert common.load_rows(name)["x"][:] == [text]
+
+
+def test_max_length_fits_the_model(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    for positions, expected in ((16, 16), (10**6, 2048)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        assert common.default_max_length(tmp_path) == expected
 
 
 def test_gold_by_hand():

@@ -98,9 +98,11 @@ def voted(tmp_path):
     return path, rows, strengths[1:]
 
 
-def test_neutral_run_is_the_baseline_run(script):
-    script("baseline_rm.py", "--output-dir", "theirs")
-    script("denoise_rm.py", "--output-dir", "ours")
+def test_neutral_run_is_the_baseline_run(script, voted):
+    path, rows, _ = voted
+    Path("usable.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    script("baseline_rm.py", "--data", "usable.jsonl", "--output-dir", "theirs")
+    script("denoise_rm.py", "--data", path, "--output-dir", "ours")
     for ours, theirs in zip(records("ours"), records("theirs"), strict=True):
         assert ours.pop("train/objective") == pytest.approx(ours["train/loss"], rel=1e-5)
         assert ours == theirs

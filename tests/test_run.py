@@ -5,13 +5,14 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import TINY, data, settings, shell, toy
+from conftest import ROOT, TINY, data, settings, shell, toy
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -85,7 +86,7 @@ def test_loss_and_metrics():
 def test_run_against_the_plainest_loop(script, llama, tokenizer):
     """The same run, one response at a time, in float64, AdamW written out; gradients are clipped at every step."""
     script("baseline_rm.py", "--seed", 3, "--max-grad-norm", 0.1)
-    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings(seed=3)).model.double()
+    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings(seed=3)).hf_model.double()
     rows, steps, warmup = toy.make_comparisons(n=96), 12, 1
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
     for step, record in enumerate(records()):
@@ -161,6 +162,17 @@ def test_tied_embeddings(script, llama):
         assert [path.name for path in RUN.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+@pytest.mark.parametrize("model", [None, "docs/toy/model", "docs/toy/model/", "./docs/toy/model", ROOT / "docs/toy/model"])
+def test_the_toy_world_is_the_default(model, monkeypatch):
+    """Wherever one stands, and however its model is spelled; the flags that are given win."""
+    monkeypatch.chdir(ROOT if model else "/")
+    monkeypatch.setattr(sys, "argv", ["baseline_rm.py", "--lr", "1", *(["--model", str(model)] if model else [])])
+    args = baseline_rm.parse_args()
+    assert args.data == str(ROOT / "docs/toy/train.jsonl") and (args.lr, args.max_length) == (1, 64)
+    monkeypatch.setattr(sys, "argv", ["baseline_rm.py", "--model", "docs/toy/reward_model"])
+    assert baseline_rm.parse_args().data == "Anthropic/hh-rlhf"
+
+
 def test_earlier_run_is_renamed(script):
     for seed in (0, 1, 2):
         script("baseline_rm.py", "--seed", seed, "--epochs", 1)
@@ -188,11 +200,15 @@ def test_killed_and_resumed(ranks, script, llama, tmp_path):
             assert two[:20] == pytest.approx(one[:20], rel=1e-5) and two == pytest.approx(one, rel=1e-3)
 
 
-def test_an_error_is_one_line(llama, tmp_path):
+@pytest.mark.parametrize("flags, start", [
+    (["--data", "broken.jsonl"], "error: broken.jsonl: "),
+    (["--output-dir", "broken.jsonl/run"], "error: NotADirectoryError: "),  # by the hook of common.setup
+])
+def test_an_error_is_one_line(flags, start, llama, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"chosen": "x"}\n{"chosen": "y", "rejected"\n')
-    process = shell(llama, "baseline_rm.py", "--data", "broken.jsonl", cwd=tmp_path)
+    process = shell(llama, "baseline_rm.py", *flags, cwd=tmp_path)
     error = process.communicate()[1]
-    assert process.returncode == 1 and error.startswith("error: broken.jsonl: ") and error.count("\n") == 1, error
+    assert process.returncode == 1 and error.startswith(start) and error.count("\n") == 1, error
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -209,7 +225,7 @@ GOOD = {"prompt": "\n\nHuman: name two fruits\n\nAssistant:", "chosen": " fig", 
 SAMPLES = {"prompt": GOOD["prompt"], "responses": [" fig", " dog", " saw"]}
 FILES = {
     "broken": [GOOD, "{"], "column": [{"chosen": "x"}], "same": [{**GOOD, "rejected": " fig"}], "three": [SAMPLES],
-    "row": [GOOD, {**GOOD, "chosen": None}], "unknown": [{**GOOD, "prompt": "Why should anyone do this at all?"}],
+    "unknown": [{**GOOD, "prompt": "Why should anyone do this at all?"}],
     "mixed": [SAMPLES, {**SAMPLES, "responses": [" fig", " dog"]}],
 }
 
@@ -265,7 +281,7 @@ def test_resume_wants_the_same_run(script, llama):
     for name in ("d.jsonl", "start/model.safetensors"):
         stat = os.stat(name)
         os.utime(name)  # written since
-        assert name.split("/")[0] in refused(script, *flags, "--resume")
+        assert name in refused(script, *flags, "--resume")
         os.utime(name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     script("baseline_rm.py", *flags, "--resume")
     assert records() == before

@@ -37,7 +37,7 @@ def test_groups_are_sorted_by_strength(capsys):
 
 def test_rows_come_back_with_their_votes(script):
     prompt = "\n\nHuman: name two fruits\n\nAssistant:"
-    raw = [{"prompt": prompt, "chosen": f" {word}", "rejected": " dog", "note": word}
+    raw = [{"prompt": prompt, "chosen": f" {word}", "rejected": " dog", "note": word, "tiny": 1e-12}
            for word in ("fig", "dog", "kiwi", "plum")]  # the second row is dropped: identical responses
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw))
     script("vote_strength.py", "--data", "a.jsonl", "--members", 3, "--batch-size", 2)
