@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections import Counter
+import weakref
 from pathlib import Path
 
 import datasets
@@ -31,18 +31,22 @@ def write_rows(name, rows):
     return name
 
 
+def save_reward_model(folder, tokenizer, seed=0, pad_token_id=0):
+    torch.manual_seed(seed)
+    size = {**TINY, "vocab_size": len(tokenizer)}
+    config = transformers.LlamaConfig(**size, num_labels=1, pad_token_id=pad_token_id)
+    model = transformers.LlamaForSequenceClassification(config)
+    model.score.weight.data.normal_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def reward_models(tmp_path_factory, tokenizer):
     """Folders of two random reward models."""
-    folders = [str(tmp_path_factory.mktemp(name) / "model") for name in ("first", "second")]
-    for seed, folder in enumerate(folders):
-        torch.manual_seed(seed)
-        config = transformers.LlamaConfig(**TINY, num_labels=1, pad_token_id=0)
-        model = transformers.LlamaForSequenceClassification(config)
-        model.score.weight.data.normal_()
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return folders
+    folders = [tmp_path_factory.mktemp(name) / "model" for name in ("first", "second")]
+    return [save_reward_model(folder, tokenizer, seed) for seed, folder in enumerate(folders)]
 
 
 @pytest.fixture
@@ -77,42 +81,89 @@ def test_credit(rewards, num_right, expected):
 def test_calibration_and_overlap():
     """A model that is right as often as it says has no error; one that is too sure has the difference."""
     margin = math.log(3)  # says 0.75
-    for fraction, error in ((0.75, 0), (0.5, 0.25), (1, 0.25)):
+    for fraction, expected in ((0.75, 0), (0.5, 0.25), (1, 0.25)):
         right = int(fraction * 400)
-        ece, table = evaluation.calibration(np.array([margin] * right + [-margin] * (400 - right)))
-        assert ece == pytest.approx(error) and table == [pytest.approx((0.75, fraction, 1))]
-    assert evaluation.calibration(np.zeros(3)) == (0, [(0.5, 0.5, 1)])  # ties: sure of nothing, and half right
+        error, points = evaluation.calibration(np.array([margin] * right + [-margin] * (400 - right)))
+        assert error == pytest.approx(expected)
+        assert [x["confidence"] for x in points] == [pytest.approx(0.75)]
+        assert [x["accuracy"] for x in points] == [fraction]
+    error, points = evaluation.calibration(np.zeros(3))  # ties: sure of nothing, and half right
+    assert error == 0 and [x["accuracy"] for x in points] == [0.5]
     same = torch.randn(4000, 2, 8, generator=torch.Generator().manual_seed(0))
     apart = same + torch.tensor([[[1.0], [-1.0]]]) / math.sqrt(8)  # by two standard deviations: 2 Phi(-1) = 0.317
     assert evaluation.overlap(same) > 0.9 and evaluation.overlap(apart) == pytest.approx(0.317, abs=0.04)
 
 
-def test_metrics_of_margins():
-    """Forty rows whose strength falls, one dropped, two ties; the second label agrees with every margin but these."""
-    margins = np.array([0, 0, math.nan, *[-2.0, 1.0] * 18, -2.0])
-    rows = datasets.Dataset.from_dict({evaluation.STRENGTH: [-float(i) for i in range(40)], "gold": [1, 0] * 20})
-    metrics, points = evaluation.measure_margins(margins, rows)
-    losses = [math.log1p(math.exp(-x)) for x in margins if not math.isnan(x)]
-    assert metrics["loss"] == pytest.approx(np.mean(losses)) and metrics["tie_rate"] == 2 / 39
-    assert metrics["accuracy_second"] == 37 / 39 and metrics["accuracy_agreeing"] == 18 / 19
-    assert metrics["accuracy_second_half"] == pytest.approx(1.96 * math.sqrt((37 / 39) * (2 / 39) / 38))
-    strength = [x.get("accuracy") for x in points if x["table"] == "strength"]
-    assert strength == [0.5] * 18 + [None, 0]  # a single value has no interval; the last are two ties
+def test_length_bias():
+    """Chosen is longer, shorter, equally long; the model prefers longer, longer, rejected."""
+    ids = [[[1, 2, 3], [1]], [[1], [2, 3]], [[1, 2], [3, 4]]]
+    metrics = evaluation.length_bias(np.array([1.0, -1.0, -1.0]), ids)
+    assert metrics["longer_wins"].tolist() == [1, 0, 0.5]
+    assert metrics["prefers_longer"][:2].tolist() == [1, 1]
+    assert np.isnan(metrics["prefers_longer"][2])
+    summary = evaluation.summarize(metrics)
+    assert (summary["longer_wins"], summary["prefers_longer"]) == (0.5, 1)
+    tie = evaluation.length_bias(np.zeros(3), ids)["prefers_longer"]
+    assert tie[:2].tolist() == [0, 0]  # a tie prefers neither
 
 
-@pytest.mark.parametrize("n", [2, 3, 4, 5])
-def test_self_bleu_by_brute_force(n):
-    rng = np.random.default_rng(n)
-    texts, values = [rng.choice(["a", "b", "c"], rng.integers(1, 9)).tolist() for _ in range(12)], []
-    for i, words in enumerate(texts):
-        others, logs = texts[:i] + texts[i + 1 :], []
-        for order in range(1, min(n, len(words)) + 1):
-            grams, *known = (Counter(zip(*(x[j:] for j in range(order)))) for x in (words, *others))
-            matches = sum(min(count, max(x[gram] for x in known)) for gram, count in grams.items())
-            logs.append(math.log(max(matches, 0.5) / sum(grams.values())))
-        nearest = min((abs(len(x) - len(words)), len(x)) for x in others)[1]
-        values.append(math.exp(np.mean(logs)) * min(1.0, math.exp(1 - nearest / len(words))))
-    assert evaluation.self_bleu([" ".join(words) for words in texts], n) == pytest.approx(np.mean(values))
+def test_second_label():
+    """Four pairs: gold prefers chosen, rejected, neither, chosen; the last margin is a tie."""
+    rows = datasets.Dataset.from_dict({"gold": [1, 0, -1, 1], "GPT4 label": [0, 0, 0, 0]})
+    found = evaluation.second_label(np.array([2.0, -1.0, 3.0, 0.0]), rows)
+    assert found["accuracy_second"].tolist() == [1, 1, 0]
+    assert found["accuracy_agreeing"].tolist() == [1, 0]
+    same = datasets.Dataset.from_dict({"GPT4 label": [1, 1]})
+    assert evaluation.second_label(np.ones(2), same) == {}
+
+
+def test_strength_curve():
+    """Forty strengths that fall, and four rows without one, which the model has right."""
+    strength = np.array([*range(0, -40, -1), *[math.nan] * 4], float)
+    margins = np.array([0.0, 0.0, *[-2.0, 1.0] * 19, *[9.0] * 4])
+    points = evaluation.strength_curve(margins, strength)
+    assert [x["accuracy"].tolist() for x in points] == [[True, False]] * 19 + [[False, False]]
+    assert [x["segment"] for x in points] == [*range(1, 21)]
+
+
+def test_summarize():
+    values = np.array([1.0, 0.0, 1.0, math.nan, 1.0])
+    summary = evaluation.summarize({"table": "t", "accuracy": values, "one": values[:1], "ece": 0.5})
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 3)  # of n - 1
+    expected = {"table": "t", "rows": 4, "dropped": 1, "accuracy": 0.75, "ece": 0.5}
+    assert summary == {**expected, "accuracy_half": pytest.approx(half)}  # one value: no interval
+
+
+def test_shared_ngrams():
+    """Bigrams: ab, bc and ab, bd share one of two each; "a" has none; a repetition counts once."""
+    assert evaluation.shared_ngrams(["a b c", "a b d", "a", ""]) == 0.5
+    assert evaluation.shared_ngrams(["a b a b", "c d"]) == 0
+    assert evaluation.shared_ngrams(["", ""]) == 0
+
+
+@pytest.mark.parametrize("row, form", [
+    ({"prompt": "q", "chosen": " a", "rejected": " b", "responses": [" a", " b"]}, "comparisons"),
+    ({"chosen": ["q", "a"], "rejected": ["q", "b"]}, "comparisons"),
+    ({"chosen": [{"role": "user", "content": "q"}]}, "comparisons"),
+    ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"], "responses": ["a"]}, "lists"),
+    ({"prompt": "q", "responses": ["a", "b"]}, "scores"), ({"text": "q"}, "comparisons")])
+def test_forms(row, form):
+    empty = dict.fromkeys(row)  # null does not hide the form
+    assert evaluation.find_form(datasets.Dataset.from_list([empty, row])) == form
+
+
+def test_rows_without_responses_are_dropped(tmp_path):
+    rows = [{"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]},
+            {"prompt": None, "responses": ["a"], "scores": [1]},
+            {"prompt": "q", "responses": [], "scores": []}, {"prompt": "q", "responses": None}]
+    source = write_rows(tmp_path / "scores.jsonl", rows)
+    found = evaluation.load_set(str(source), None)
+    assert found.items == [("q", ["a", "b"])] and [x.tolist() for x in found.targets] == [[1, 2]]
+    rows = [{"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]},
+            {"prompt": "q", "chosen": [], "rejected": ["b"]}]
+    source = write_rows(tmp_path / "lists.jsonl", rows)
+    found = evaluation.load_set(str(source), None)
+    assert found.items == [("q", ["a", "b", "c"])] and found.targets == [1]
 
 
 def test_what_a_question_becomes():
@@ -139,6 +190,51 @@ def test_rewards_are_those_of_plain_transformers(reward_models, tokenizer):
     assert np.isnan(too_long).all()
 
 
+TURN = "{% for x in messages %}<|im_start|>{{ x.role }}\n{{ x.content }}<|im_end|>"
+
+
+@pytest.mark.parametrize("template, eos, pad", [
+    (TURN + "\n{% endfor %}", "<|im_end|>", "<pad>"),                    # ChatML
+    ("{{ bos_token }}" + TURN + "\n{% endfor %}", "</s>", "<pad>"),      # Gemma
+    (TURN + "{% endfor %}", "<|im_end|>", "<|im_end|>"),                 # TRL: pad is EOS
+    (TURN + "{% endfor %}{{ eos_token }}", "</s>", "</s>"),
+    (TURN + "\n{% endfor %}", "<|im_end|>", None)])
+def test_a_chat_model_is_read_where_plain_transformers_reads(template, eos, pad, tmp_path):
+    """Of `apply_chat_template(messages)`, for comparisons and for lists of responses."""
+    tokenizer = toy.make_tokenizer()
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.add_tokens(["\n"])
+    tokenizer.chat_template = template
+    tokenizer.eos_token = eos
+    tokenizer.pad_token = pad
+    pad_id = None if pad is None else tokenizer.convert_tokens_to_ids(pad)
+    folder = save_reward_model(tmp_path / "model", tokenizer, pad_token_id=pad_id)
+
+    # plain transformers, one conversation at a time
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    rows = []
+    expected = []
+    for row in toy.make_comparisons("id", 6):
+        question = {"role": "user", "content": row["prompt"].split(":")[1].split("\n")[0].strip()}
+        answers = [{"role": "assistant", "content": row[x].strip()} for x in ("chosen", "rejected")]
+        rows.append({"chosen": [question, answers[0]], "rejected": [question, answers[1]]})
+        ids = [tokenizer.apply_chat_template([question, x], return_dict=False) for x in answers]
+        expected.append([plain(torch.tensor([x])).logits.item() for x in ids])
+    margins = np.array(expected) @ [1, -1]
+
+    tokenizer = common.load_tokenizer(folder)
+    args = settings(prompt_format="chat")
+    model = common.load_reward_model(folder, tokenizer, torch.device("cpu"), args, "--reward-models")
+    data = evaluation.load_set(write_rows(str(tmp_path / "rows.jsonl"), rows), None)
+    record = evaluation.evaluate_comparisons(model, tokenizer, data, args)[0]
+    assert record["accuracy"].tolist() == (margins > 0).tolist()
+    assert record["reward_difference"] == pytest.approx(np.abs(margins), abs=1e-5)
+    items = [(x["chosen"][0]["content"], [x[y][1]["content"] for y in ("chosen", "rejected")])
+             for x in rows]
+    rewards = evaluation.score_responses(model, tokenizer, items, "data", args)
+    assert np.array(rewards) == pytest.approx(np.array(expected), abs=1e-5)
+
+
 def test_reward_models(run, reward_models):
     """Comparisons, lists and best of n; two processes find what one finds."""
     lists, choices = [], []
@@ -150,16 +246,45 @@ def test_reward_models(run, reward_models):
              f"noisy={data('noisy', 30)}", f"lists={write_rows('lists.jsonl', lists)}",
              f"choices={write_rows('choices.jsonl', choices)}"]
     first, second, *_ = run("reward models", *flags)
-    assert (first["model"], second["model"], first["rows"], first["over_first"]) == ("first0", "b", 30, 0)
+    assert (first["model"], second["model"], first["rows"]) == ("first0", "b", 30)
     assert second["over_first"] == pytest.approx(second["accuracy"] - first["accuracy"])
-    assert f"{first['accuracy']:.3f} ± {first['accuracy_half']:.3f}" in Path("runs/eval/eval.md").read_text()
+    assert "over_first" not in first
+    text = Path("runs/eval/eval.md").read_text()
+    assert f"{first['accuracy']:.3f} ± {first['accuracy_half']:.3f}" in text
     assert Path("runs/eval/eval.png").read_bytes()[1:4] == b"PNG"
     one = json.loads(Path("runs/eval/eval.json").read_text())
-    assert [x["score"] for x in one if x["model"] == "oracle"] == pytest.approx([1, 5 / 3, 2])  # of n = 1, 2, 3
+    oracle = [x["score"] for x in one if x.get("model") == "oracle"]
+    assert oracle == pytest.approx([1, 5 / 3, 2])  # of n = 1, 2, 3
     start = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    subprocess.run([sys.executable, *start, str(ROOT / "eval.py"), *flags], check=True, capture_output=True)
+    command = [sys.executable, *start, str(ROOT / "eval.py"), *flags]
+    subprocess.run(command, check=True, capture_output=True)
     for x, y in zip(one, json.loads(Path("runs/eval/eval.json").read_text()), strict=True):
         assert x == pytest.approx(y, abs=1e-4)
+
+
+def test_one_model_at_a_time(run, reward_models, policies, monkeypatch):
+    """A judge and two reward models in bf16, which FSDP keeps in reference cycles."""
+    models, alive = [], []
+
+    def load(*args, **kwargs):
+        alive.append(sum(model() is not None for model in models))
+        model, missing = load_pretrained(*args, **kwargs)
+        models.append(weakref.ref(model))
+        return model, missing
+
+    load_pretrained = common.load_pretrained
+    monkeypatch.setattr(common, "load_pretrained", load)
+    run("wins", "--reward-models", *reward_models, "--eval-data", f"id={data('id', 40)}", *policies,
+        "--judge", reward_models[0], "--dtype", "bfloat16", "--max-length", 64)
+    assert alive == [0, 0, 0]
+
+
+def test_toy_world_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    args = evaluation.parse_args()
+    paths = [Path(path) for _, path in args.reward_models + args.eval_data]
+    assert len(paths) == 5 and all(path.is_absolute() and path.exists() for path in paths)
 
 
 @pytest.fixture
@@ -174,55 +299,98 @@ def policies(tmp_path):
 
 
 def test_policies(run, policies, reward_models):
-    assert [(x["words"], x["gold"]) for x in run("policies", *policies, *GOLD)] == [(1, 1), (2, 0), (0, 0), (1, 1)]
-    assert [(x["lose"], x["net"]) for x in run("wins", *policies, *GOLD)] == [(1, -1), (1, -1), (0, 0)]
-    assert [x["tie"] for x in run("wins", *policies, *GOLD, "--tie-threshold", 1)] == [1, 1, 1]
+    found = run("policies", *policies, *GOLD)
+    assert [(x["words"], x["gold"]) for x in found] == [(1, 1), (2, 0), (0, 0), (1, 1)]
+    found = run("wins", *policies, *GOLD)
+    expected = [(1, -1, 0), (1, -1, 0), (0, 0, 0)]
+    assert [(x["lose"], x["net"], x["no_verdict"]) for x in found] == expected
     assert [x["tie"] for x in run("wins", *policies, "--judge", reward_models[0])] == [0, 0, 1]
 
 
 def test_server(run, policies, monkeypatch):
-    """An OpenAI-compatible server that prefers length, one that always says A, and one that stumbles."""
+    """An OpenAI-compatible server, whose `judge` maps two answers to a reply or an HTTP status."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append((self.path, self.headers["Authorization"], body["model"]))
-            reply = judge(*[x[3:].split("\n\n")[0] for x in body["messages"][0]["content"].split("\n\nAnswer ")[1:]])
+            answers = body["messages"][0]["content"].split("\n\nAnswer ")[1:]
+            reply = judge(*[x[3:].split("\n\n")[0] for x in answers])
             self.send_response(reply if isinstance(reply, int) else 200)
             self.end_headers()
             self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
     def longest(a, b):
-        return "[[C]]" if len(a) == len(b) else "not [[B]], [[A]]" if len(a) > len(b) else "not [[A]], [[B]]"
+        if len(a) == len(b):
+            return "[[C]]"
+        return "not [[B]], [[A]]" if len(a) > len(b) else "not [[A]], [[B]]"
 
-    requests, stumbles = [], iter(["[[A]]", 500, 429, "?"])  # two are asked again, one has no verdict
-    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 64)  # or connections wait for a second
+    def results():
+        return [(x.get("net"), x["no_verdict"]) for x in run("wins", *flags)]
+
+    requests = []
+    # or connections wait for a second
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "request_queue_size", 64)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/v1"
-        for judge, net, missing in ((longest, [1, -1, 0], 0), (lambda a, b: "[[A]]", [0, 0, 0], 0),
-                                    (lambda a, b: next(stumbles, "[[A]]"), [0, 0, 0], 1)):
-            wins = run("wins", *policies, "--judge", url, "--judge-model", "m")
-            assert [x["net"] for x in wins] == net and sum(x["no_verdict"] for x in wins) == missing
-        assert requests == [("/v1/chat/completions", "Bearer key", "m")] * (3 * 3 * 16 + 2)
+        flags = [*policies, "--judge", url, "--judge-model", "m"]
+
+        # all verdicts; for each policy one request comes before the others
+        judge = longest
+        assert results() == [(1, 0), (-1, 0), (0, 0)]
+        assert requests == [("/v1/chat/completions", "Bearer key", "m")] * (3 * (1 + 2 * 8))
+
+        # always the first answer: a tie; what fails is asked again
+        replies = iter(["[[A]]", 500, 429])
+        judge = lambda a, b: next(replies, "[[A]]")  # noqa: E731
+        assert results() == [(0, 0)] * 3
+
+        # missing verdicts are counted, and are in no mean and no interval
+        said = [json.loads(line)["responses"][0] for line in Path("right.jsonl").open()]
+        missing = said.count(said[-1])
+        judge = lambda a, b: None if said[-1] in a + b else longest(a, b)  # noqa: E731
+        assert 0 < missing < 7 and results() == [(1, missing), (-1, missing), (0, missing)]
+        text = Path("runs/eval/eval.md").read_text()
+        assert "1.000 ± 0.000" in text
+
+        # none at all, without a mark or after the first one: an error
+        for replies in (itertools.repeat("no mark"), iter(["[[A]]"])):
+            judge = lambda a, b: next(replies, 500)  # noqa: E731
+            with pytest.raises(SystemExit) as error:
+                run("wins", *flags)
+            assert url in str(error.value)
         server.shutdown()
 
 
 @pytest.mark.parametrize("flags, named", [
-    ("", "docs/toy"), ("--reward-models rm", "--eval-data"), ("--policies a=said", "--policies"),
+    ("--reward-models rm", "--eval-data"), ("--policies a=said", "--policies"),
     ("--policies a=said b=said", "--gold"), ("--policies a=said b=said --gold rm", "rm"),
-    ("--policies a=said b=others GOLD", "others.jsonl: row 2"), ("--policies a=said b=one GOLD", "one.jsonl: row 2"),
-    ("--policies a=bare b=bare GOLD", "row 1"), ("--policies a=said b=said --judge http://[::1]:9", "http://[::1]:9"),
-    ("RM x=said", "said.jsonl: row 1"), ("RM x=scores", "scores.jsonl: row 2"), ("RM x=lists", "lists.jsonl: row 1"),
-    ("RM x=nulls", "nulls"), ("RM x=bare --prompt-format chat", "bare"), ("RM x=said --reward-models x/rm rm", "rm")])
-def test_bad_input(flags, named, run, reward_models):
+    ("--policies a=said b=others GOLD", "others.jsonl"),
+    ("--policies a=said b=one GOLD", "one.jsonl"),
+    ("--policies a=said b=silent GOLD", "silent.jsonl: row 2"),
+    ("--policies a=said b=text GOLD", "text.jsonl: row 1"),
+    ("--policies a=said b=said --judge http://[::1]:9", "http://[::1]:9"),
+    ("--policies a=said b=said --judge words", "words"),
+    ("RM x=said", "said.jsonl: row 1"), ("RM x=scores", "scores.jsonl: row 2"),
+    ("RM x=nulls", "nulls.jsonl: row 1"), ("RM x=none", "none.jsonl"), ("RM x=lists", "list"),
+    ("RM x=bare --prompt-format chat", "bare"), ("RM x=said --reward-models x/rm rm", "rm"),
+    ("--reward-models words --eval-data x=bare", "words")])
+def test_bad_input(flags, named, run, reward_models, tokenizer):
+    """One line, by `fatal` or by the hook of `setup`, names what is wrong."""
     Path("rm").symlink_to(reward_models[0])
+    tokenizer.save_pretrained("words")  # a folder with a tokenizer alone
     one, two = ({"prompt": row["prompt"], "responses": ["a", "b"]} for row in toy.make_comparisons("id", 2))
-    files = {"said": [one, two], "others": [one, one], "one": [one], "bare": [{**one, "prompt": "q", "scores": [0, 1]}],
-             "scores": [{**one, "scores": scores} for scores in ([1, 2], [1])], "nulls": [{**one, "scores": [1, None]}],
+    files = {"said": [one, two], "others": [one, one], "one": [one],
+             "silent": [one, {**two, "responses": []}],
+             "text": [{**one, "responses": "a"}, {**two, "responses": "b"}],
+             "bare": [{**one, "prompt": "q", "scores": [0, 1]}],
+             "scores": [{**one, "scores": scores} for scores in ([1, 2], [1])],
+             "nulls": [{**one, "scores": [1, None]}], "none": [{**one, "responses": []}],
              "lists": [{"prompt": "q", "chosen": ["a"], "rejected": "b"}]}
     for name, rows in files.items():
         flags = flags.replace(f"={name}", "=" + write_rows(f"{name}.jsonl", rows))
-    with pytest.raises(SystemExit) as error:
-        run("", *flags.replace("GOLD", " ".join(GOLD)).replace("RM", "--reward-models rm --eval-data").split())
-    assert named in str(error.value) and "\n" not in str(error.value)
+    flags = flags.replace("GOLD", " ".join(GOLD)).replace("RM", "--reward-models rm --eval-data")
+    with pytest.raises((SystemExit, OSError, ValueError, ImportError, TypeError)) as error:
+        run("", *flags.split())
+    assert named in str(error.value)
