@@ -141,19 +141,22 @@ def load_rows(source, split="train"):
     """Raw rows of a .jsonl, .json (also .gz) or .parquet file, or of a hub id[[:config]:split].
 
     Stops with an error that names the source if it cannot be read or has no rows."""
+    file_type = re.search(r"\.(json|parquet)l?(\.gz)?$", source)
     try:
-        if re.search(r"\.(json|jsonl|parquet)(\.gz)?$", source):
+        if file_type:
             # datasets caches by time stamp; with this `name` it caches by content
+            content = Hasher.hash(Path(source).read_bytes())
             rows = datasets.load_dataset(
-                "parquet" if ".parquet" in source else "json", split="train",
-                name=Hasher.hash(Path(source).read_bytes()), data_files=glob.escape(source))
+                file_type[1], name=content, data_files=glob.escape(source), split="train")
         else:
             path, *parts = source.split(":")
             *config, split = parts or [split]
             rows = datasets.load_dataset(path, *config, split=split)
     except Exception as error:
         fatal(f"{source}: {error.__cause__ or error!r}")
-    return rows if len(rows) else fatal(f"{source}: no rows")
+    if len(rows) == 0:
+        fatal(f"{source}: no rows")
+    return rows
 
 
 def transcript(turns):
@@ -169,12 +172,11 @@ def join_messages(prompt, messages):
     """Two lists of messages -> one conversation, in which turns that both contain stand once."""
     known = [(x["role"], str(x["content"]).strip()) for x in prompt]
     turns = [(x["role"], str(x["content"]).strip()) for x in messages]
-    for start in range(len(turns)):
-        if turns[start : start + len(known)] == known:  # the whole prompt is repeated
-            return messages
-    for n in range(len(known), 0, -1):
-        if turns[:n] == known[-n:]:  # its last n turns are repeated
+    if known and known[-1] in turns:
+        n = turns.index(known[-1]) + 1  # where the prompt ends in the messages
+        if turns[:n] == known[-n:]:
             return prompt + messages[n:]
+        return messages  # they have the whole prompt, and more before it
     return prompt + messages
 
 
@@ -319,7 +321,10 @@ def encode_row(row, number, tokenizer, max_length, code):
     """A raw row -> the columns of `tokenize`, and `problem`: why the row cannot be used, or "".
 
     `code` is not used here. It is an argument because `datasets` caches by the arguments."""
-    prompt_ids, response_ids, truncated, problem = [0], [[0]], False, ""
+    prompt_ids = [0]
+    response_ids = [[0]]
+    truncated = False
+    problem = ""
     try:
         prompt, responses = read_row(row)
         texts = []

@@ -4,15 +4,19 @@ import argparse
 import ast
 import collections
 import importlib
+import io
 import re
 import shlex
+import sys
+import tokenize
 
 import pytest
 from conftest import ROOT
 
-MAX_LINES = {"common.py": 480, "baseline_rm.py": 150, "vote_strength.py": 220, "denoise_rm.py": 230, "meta_rm.py": 220,
-             "contrastive_rm.py": 260, "ppo_loop.py": 440, "eval.py": 450}
-SCRIPTS = sorted({*MAX_LINES} - {"common.py"})
+MAX_TOKENS = {"common.py": 4500, "baseline_rm.py": 1300, "vote_strength.py": 1730, "denoise_rm.py": 2040,
+              "contrastive_rm.py": 2370, "meta_rm.py": 2090, "ppo_loop.py": 4800, "eval.py": 4700}
+SCRIPTS = sorted({*MAX_TOKENS} - {"common.py"})
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 OWN = {("evaluate", "eval.py"), ("evaluate", "ppo_loop.py")}  # same name, another function
 
 
@@ -37,11 +41,32 @@ def commands():
                 yield document, name, shlex.split(re.sub(r"\$(\(\(.*?\)\)|\w+|\{\w+\})", "1", rest))
 
 
+def tokens_per_line(text):
+    """Sorted counts of Python's tokens in the lines that have any; comments, docstrings and line ends do not count."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstrings.update(range(node.lineno, node.end_lineno + 1))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    lines = [token.start[0] for token in tokens if token.type not in NO_CODE and token.start[0] not in docstrings]
+    return sorted(collections.Counter(lines).values())
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="an f-string is no longer one token")
+@pytest.mark.parametrize("name", MAX_TOKENS)
+def test_scripts_are_easy_to_take_in(name):
+    counts = tokens_per_line(TEXTS[name])
+    assert sum(counts) <= MAX_TOKENS[name]
+    assert sum(counts) / len(counts) <= 11 and counts[int(0.9 * len(counts))] <= 20
+    assert max(map(len, TEXTS[name].splitlines())) <= 100
+
+
 def test_files_can_be_read_in_one_sitting():
     lines = {name: text.count("\n") for name, text in {**TEXTS, **DOCS}.items()}
-    assert {name: lines[name] for name, most in MAX_LINES.items() if lines[name] > most} == {}
-    assert sum(lines[name] for name in MAX_LINES) <= 2450 and lines["README.md"] <= 300
-    assert {*MAX_LINES} == {path.name for path in ROOT.glob("*.py")}
+    assert {*MAX_TOKENS} == {path.name for path in ROOT.glob("*.py")}
+    assert sum(lines[name] for name in MAX_TOKENS) <= 3500
+    assert lines["README.md"] <= 300 and lines["docs/results.md"] <= 650
+    assert sum(lines[name] for name in TEXTS if name.startswith("docs/claims/")) <= 650
     assert [name for name, text in TEXTS.items() if max(map(len, text.splitlines())) > 120] == []
 
 
@@ -59,7 +84,7 @@ def test_plain_code(name):
                 or literal and any(isinstance(x, condition) or "not " in ast.unparse(x)[:4] for x in sides)
                 or len(getattr(node, "generators", [])) > 2):
             clever.append(f"{node.lineno}: {ast.unparse(node)}")
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and name in MAX_LINES:
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and name in MAX_TOKENS:
             modules = {getattr(node, "module", None), *(alias.name for alias in node.names)}
             assert not modules & {x.removesuffix(".py") for x in SCRIPTS}
     assert clever == []
@@ -94,18 +119,6 @@ def test_commands_parse(document, name, arguments, monkeypatch, tmp_path):
         assert {x for x in arguments if x.startswith("--")} <= {*re.findall(r'"(--[\w-]+)"', TEXTS[name])}
 
 
-def test_cells_of_the_experiments_parse(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs/claims")
-    args = argparse.Namespace(eval_data=[("test", "test.jsonl")], max_length=64, max_new_tokens=8, lr=1, ppo_lr=1,
-                              members=2, iterations=1)
-    cells = [*importlib.import_module("real").make_cells(args)]
-    cells += [importlib.import_module(table).CELLS for table in ("denoising", "generalisation", "ppo")]
-    for command in {command for table in cells for command in table.values()}:
-        monkeypatch.setattr("sys.argv", command.replace("{seed}", "1").split())
-        name = command.split()[0]
-        assert isinstance(importlib.import_module(name.removesuffix(".py")).parse_args(), argparse.Namespace)
-
-
 def test_the_documents_name_what_exists():
     flags = {flag for text in TEXTS.values() for flag in re.findall(r'"(--[a-z-]+)"', text)}
     torchrun = {"--nproc_per_node", "--nnodes", "--node_rank", "--rdzv-backend", "--rdzv-endpoint", "--help"}
@@ -120,7 +133,7 @@ def test_the_documents_name_what_exists():
 
 def test_every_mark_has_its_row():
     lines = [line for text in DOCS.values() for line in text.splitlines()]
-    marks = {(mark, name) for name in MAX_LINES for mark in re.findall(r"# (UNSTATED|DEVIATION):", TEXTS[name])}
+    marks = {(mark, name) for name in MAX_TOKENS for mark in re.findall(r"# (UNSTATED|DEVIATION):", TEXTS[name])}
     assert [x for x in marks if not any(x[0] in line and x[1] in line for line in lines)] == []
 
 
