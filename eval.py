@@ -9,12 +9,20 @@ MetaRM (arXiv 2405.00438).
 
 What is measured on a set of --eval-data depends on the form of its rows:
 
-    comparisons, in any form that the training scripts read      accuracy, longer wins, loss, ...
-    a prompt and lists `chosen` and `rejected` (RewardBench 2)   accuracy
-    a prompt, `responses` and true `scores` (or --gold)          true score of the best of n
+    comparisons, in any form that the training scripts read       all columns below
+    a prompt and lists `chosen` and `rejected` (RewardBench 2)    accuracy, over_first
+    a prompt, `responses` and their true `scores` (or --gold)     true score of the best of n
 
-"Longer wins" is the accuracy of always choosing the response with more tokens. Reward models are
-often biased to length, so compare their accuracy with it.
+The screen shows the first columns. All of them, with 95 % intervals, are in eval.md:
+
+    accuracy          how often the chosen response gets the higher reward; a tie is an error
+    tie_rate          how often both responses get the same reward
+    longer_wins       accuracy of always choosing the response with more tokens
+    prefers_longer    how often the model gives the longer response the higher reward
+    over_first        accuracy minus that of the first model, pair by pair
+
+Reward models are often biased to length: compare accuracy with longer_wins. eval.json also has the
+points of the curves, and --plot draws them.
 
 A reward model is read where its own config reads: at the last token that is not its pad token.
 A text ends in one EOS. A conversation ends exactly as its chat template ends it. So the reward of
@@ -22,10 +30,8 @@ a conversation is the one that AutoModelForSequenceClassification gives for
 `tokenizer.apply_chat_template(messages)`.
 
 A policy is a file with rows of `prompt` and `responses`, from ppo_loop.py or vLLM. The first
-response of each row counts.
-
-The screen shows the first columns of the tables. eval.md has all of them, with 95 % intervals.
-eval.json also has the points of the curves, and --plot draws them.
+response of each row counts. A server judges each pair in both orders. If its verdict changes with
+the order, the pair is a tie.
 """
 
 import argparse
@@ -48,14 +54,14 @@ import torch
 
 from common import (
     RANK, TOY, HelpFormatter, atomic_write, compute_rewards, default_max_length, encode, fatal,
-    in_range, load_reward_model, load_rows, load_tokenizer, named_source, print0, print_example,
-    setup, tokenize)
+    load_reward_model, load_rows, load_tokenizer, named_source, print0, print_example, setup,
+    tokenize)
 
 STRENGTH = "mean preference difference"
 LABELS = "gold", "GPT4 label"  # columns of a second label: 1 prefers chosen, 0 rejected, -1 neither
 
-CURVES = {"calibration", "differences"}  # tables that stand in eval.json only
-DETAILS = {  # tables and columns that stand in eval.md, but not on the screen
+CURVES = {"calibration", "differences"}  # tables that are only in eval.json
+DETAILS = {  # tables and columns that are in eval.md, but not on the screen
     "strength", "rows", "dropped", "loss", "ece", "overlap", "reward_difference",
     "accuracy_second", "accuracy_agreeing"}
 
@@ -116,11 +122,11 @@ def parse_args():
         help="name of the server's model; the key is read from OPENAI_API_KEY")
     add("--output-dir", default="runs/eval", help="folder for eval.md, eval.json and eval.png")
     add("--plot", action="store_true", help="draw eval.png (needs matplotlib)")
-    add("--max-length", type=in_range(int, 2),
+    add("--max-length", type=int,
         help="maximum length of prompt plus response in tokens; longer prompts are truncated from "
-        "the left; default: what every model can read, at most 2048")
-    add("--micro-batch-tokens", type=in_range(int, 1), default=8192,
-        help="maximum tokens per forward pass: memory only")
+        "the left; by default what every model can read, at most 2048")
+    add("--micro-batch-tokens", type=int, default=8192,
+        help="tokens per forward pass, limits memory only")
     add("--dtype", choices=["float32", "bfloat16"],
         default="bfloat16" if torch.cuda.is_available() else "float32",
         help="dtype of the computation; rewards are always float32")
@@ -143,6 +149,7 @@ def parse_args():
 
 
 class EvalSet(NamedTuple):
+    """A set of --eval-data."""
     source: str
     form: str               # "comparisons", "lists" or "scores"
     rows: datasets.Dataset  # raw
@@ -155,7 +162,7 @@ def find_form(rows):
     columns = rows.features
     if "chosen" not in columns:
         return "scores" if "responses" in columns else "comparisons"
-    # a list of texts; in the authors' release it has the turns, and there is no prompt
+    # a list of texts, not of messages; those of the authors' release are turns, without a prompt
     is_list = isinstance(getattr(columns["chosen"], "feature", None), datasets.Value)
     return "lists" if is_list and "prompt" in columns else "comparisons"
 
@@ -177,7 +184,7 @@ def load_set(source, gold):
         lists = [row[column] for column in columns]
         if not prompt or not all(lists):
             continue
-        responses = sum(lists, [])
+        responses = sum(lists, [])  # joined
         target = len(lists[0])
         if form == "scores":
             target = row.get("scores")
@@ -332,13 +339,13 @@ def length_bias(margins, response_ids):
 
 
 def second_label(margins, data):
-    """Margins (N,) of a data set with a column of LABELS -> two metrics, a value a pair (Fig. 8).
+    """Margins (N,) and their data -> two metrics with a value for each pair (Fig. 8).
 
-    accuracy_second: accuracy by this label. accuracy_agreeing: accuracy where it prefers chosen,
-    too. Neither if it prefers chosen everywhere."""
+    accuracy_second: accuracy by the second label. accuracy_agreeing: accuracy where this label
+    prefers chosen, too. {} without a second label, or if it prefers chosen everywhere."""
     for name in LABELS:
         if name in data.column_names:
-            labels = np.array(data[name])
+            labels = np.array(data[name][:])
             agrees = labels == 1
             right = np.where(agrees, margins > 0, margins < 0)
             if agrees.all():
@@ -385,7 +392,7 @@ def evaluate_comparisons(model, tokenizer, data, args):
     for low, value in zip(edges, density):
         points.append({"table": "differences", "size": low + 0.025, "density": value})
     if STRENGTH in tokens.column_names:
-        points += strength_curve(margins, np.array(tokens[STRENGTH], float))
+        points += strength_curve(margins, np.array(tokens[STRENGTH][:], float))
     return [record, *points]
 
 
@@ -421,7 +428,9 @@ def measure_best_of_n(rewards, targets):
 
 
 def evaluate(model, tokenizer, data, args):
-    """A model on an EvalSet -> records, in which a metric may still have a value for each row."""
+    """A model on an EvalSet -> records, in which a metric may have a value for each row.
+
+    `summarize` later takes the mean."""
     if data.form == "comparisons":
         return evaluate_comparisons(model, tokenizer, data, args)
     rewards = score_responses(model, tokenizer, data.items, data.source, args)
@@ -434,11 +443,11 @@ def evaluate(model, tokenizer, data, args):
 # ----------------------------------------------------------------------------------------- policies
 
 def shared_ngrams(texts, n=2):
-    """The fraction of the n-grams of all texts that another text has, too. Lower is more diverse.
+    """What fraction of the texts' n-grams another text has, too. Lower is more diverse.
 
     It is the simplest form of Self-BLEU, which Table 3 of MetaRM at AAAI averages over n = 2 to 5.
     A text with fewer than n words has no n-grams."""
-    counts = Counter()  # in how many texts an n-gram stands
+    counts = Counter()  # how many texts have an n-gram
     for text in texts:
         words = text.split()
         counts.update(set(zip(*(words[i:] for i in range(n)))))
@@ -485,9 +494,9 @@ def judge_both_orders(prompt, response, other, args):
 
 
 def judge_by_server(prompts, responses, others, args):
-    """-> verdicts (N,) of `judge_both_orders`. Stops with an error if a first request fails."""
+    """-> verdicts (N,) of `judge_both_orders`. Stops with an error if the first request fails."""
     reply = ask_server(prompts[0], responses[0], others[0], args)
-    if isinstance(reply, Exception):
+    if isinstance(reply, Exception):  # a wrong address shows at once
         fatal(f"--judge {args.judge}: {reply!r}")
     print0(f"the judge's first reply: {reply!r:.300}")
     with ThreadPoolExecutor(8) as pool:
@@ -584,7 +593,7 @@ def markdown(records, hidden):
 
 
 def plot(path, records):
-    """Four panels in a row, with a line for each model. Bars are 95 % intervals."""
+    """Draw a panel for each set and curve, with a line for each model. Bars are 95 % intervals."""
     from matplotlib import pyplot
     records = [record for record in records if record["table"] in PANELS]
     num_panels = len({(record["set"], record["table"]) for record in records})
@@ -605,7 +614,8 @@ def plot(path, records):
             [point[x] for point in points], [point.get(y, math.nan) for point in points],
             [point.get(f"{y}_half", 0) for point in points], fmt=".-", label=model)
         axes[title].legend()
-        axes[title].tick_params("x", rotation=20)
+        if table == "reward models":
+            axes[title].tick_params("x", rotation=20)
     figure.savefig(path, dpi=100)
 
 
@@ -613,7 +623,7 @@ if __name__ == "__main__":
     args = parse_args()
     device = setup()
 
-    # what is wrong with a file or a folder shows now, not after hours
+    # files and folders: what is wrong with them shows now, not after hours
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.plot:
         import matplotlib.pyplot
