@@ -1,15 +1,17 @@
-"""Draw the README's figures into docs/ from the files that runs write. A figure whose files are missing is skipped.
+"""Draw the figures of the documents that --plot of eval.py does not draw: from docs/toy, from the
+results in docs/claims/results and from files that runs write. A figure without files is skipped.
 
     strength.png                     docs/toy/voted.jsonl
-    deciles.png                      python docs/claims/run.py denoising
-    features.png, differences.png    python docs/claims/run.py generalisation
-    ppo.png                          python docs/claims/run.py ppo
+    known_truth.png                  docs/claims/results/known_truth.json, by docs/claims/real.py
+    deciles.png                      docs/claims/results/denoising.json, by docs/claims/run.py
+    features.png, differences.png    the runs of python docs/claims/run.py generalisation
+    ppo.png                          the runs of python docs/claims/run.py ppo
     best_of_n.png                    the runs of baseline_rm.py, contrastive_rm.py, meta_rm.py and
 
         python contrastive_rm.py --method swav --output-dir runs/swav
         python ppo_loop.py --iterations 0 --num-samples 300 --k 64 --output-dir runs/samples
-        python eval.py --reward-models runs/{baseline_rm,contrastive_rm,meta_rm,swav}/model --gold docs/toy/make.py \\
-            --eval-data n=runs/samples/samples.jsonl
+        python eval.py --gold docs/toy/make.py --eval-data n=runs/samples/samples.jsonl \\
+            --reward-models runs/{baseline_rm,contrastive_rm,meta_rm,swav}/model
 """
 
 import argparse
@@ -24,115 +26,179 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "docs/claims")]
+sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from run import interval, read_lines, read_metric  # noqa: E402
+from measure import read_lines  # noqa: E402
+from tables import read_results  # noqa: E402
 
-SEEDS = [folder for folder in sorted(Path("runs/claims").glob("*")) if folder.name.isdigit()]
+SEEDS = sorted(Path("runs/claims").glob("[0-9]*"))
 
 
-def score_pairs(seed, cell, split):
-    """-> rewards (N, 2) and features (N, 2, hidden) of the comparisons of a seed under the reward model of a cell."""
-    args = argparse.Namespace(seed=0, max_length=64, dtype="float32", gradient_checkpointing=False, offload=False)
-    source, name = str(seed / f"toy-0.1/{split}.jsonl"), str(seed / cell / "model")
-    device, tokenizer = common.setup(), common.load_tokenizer(name)
+def score_pairs(seed, run, split):
+    """-> rewards (N, 2) and features (N, 2, hidden) of a seed's comparisons by a run's model."""
+    args = argparse.Namespace(
+        seed=0, max_length=64, dtype="float32", gradient_checkpointing=False, offload=False)
+    source = str(seed / f"toy-0.1/{split}.jsonl")
+    name = str(seed / run / "model")
+    device = common.setup()
+    tokenizer = common.load_tokenizer(name)
     data = common.tokenize(common.load_rows(source), source, tokenizer, args.max_length)
     model = common.load_reward_model(name, tokenizer, device, args, "--reward-models")
-    return [x.double().numpy() for x in common.compute_rewards(model, data, 8192, with_features=True)]
+    rewards, features = common.compute_rewards(model, data, 8192, with_features=True)
+    return rewards.double().numpy(), features.double().numpy()
 
 
 def draw_strength(axes):
     """Figs. 1 to 3: how many labels are right at each strength, and how far the voters disagree."""
     rows = read_lines(ROOT / "docs/toy/voted.jsonl")
-    columns = "mean preference difference", "std preference difference", "gold"
-    strength, std, gold = np.array(sorted([row[column] for column in columns] for row in rows)).T
-    axes[0].hist([strength[gold == x] for x in (1, -1, 0)], 50, stacked=True, color=["C0", "C7", "C3"],
-                 label=["right", "no true preference", "wrong"])
+    rows.sort(key=lambda row: row["mean preference difference"])
+    strength = np.array([row["mean preference difference"] for row in rows])
+    gold = np.array([row["gold"] for row in rows])
+    axes[0].hist(
+        [strength[gold == label] for label in (1, -1, 0)], 50, stacked=True,
+        color=["C0", "C7", "C3"], label=["right", "no true preference", "wrong"])
     axes[0].axvline(0, color="black", linewidth=0.8)
-    axes[0].set(title="Wrong labels have low strength", xlabel="strength: mean margin of ten voters", ylabel="pairs",
-                ylim=(0, 420))
+    axes[0].set(
+        title="Wrong labels have low strength", xlabel="strength: mean margin of ten voters",
+        ylabel="pairs", ylim=(0, 420))
     axes[0].legend(title="label", loc="upper right")
-    center, right = np.arange(2.5, 100, 5), [100 * part[part >= 0].mean() for part in np.array_split(gold, 20)]
-    axes[1].bar(center, right, 4.4)
+
+    center = np.arange(2.5, 100, 5)
+    labels = [part[part >= 0] for part in np.array_split(gold, 20)]
+    axes[1].bar(center, [100 * np.mean(part) for part in labels], 4.4)
     axes[1].axhline(50, color="black", linewidth=0.8)
-    axes[1].set(title="The weakest labels are mostly wrong", xlabel="pairs by strength, %", ylabel="right labels, %")
-    axes[2].plot(center, [group.mean() for group in np.array_split(std, 20)], "o-")
-    axes[2].set(title="Voters disagree most at the ends", xlabel="pairs by strength, %", ylabel="std of the margins")
+    axes[1].set(
+        title="The weakest labels are mostly wrong", xlabel="pairs by strength, %",
+        ylabel="right labels, %")
+    std = np.array_split([row["std preference difference"] for row in rows], 20)
+    axes[2].plot(center, [np.mean(part) for part in std], "o-")
+    axes[2].set(
+        title="Voters disagree most at the ends", xlabel="pairs by strength, %",
+        ylabel="std of the margins")
+
+
+def draw_known_truth(axes):
+    """Figs. 2 and 3 by a language model on real text: where the flipped labels are."""
+    vote = read_results("known_truth")["runs"]["vote"]
+    tenths = [vote[f"tenth {i}, %"] for i in range(1, 11)]
+    center = np.arange(5, 100, 10)
+    means = [100 * tenth["mean"] for tenth in tenths]
+    halves = [100 * tenth["half"] for tenth in tenths]
+    axes[0].bar(center, means, 8.8, yerr=halves, color="C3", capsize=3)
+    share = 100 * vote["wrong labels, %"]["mean"]
+    axes[0].axhline(share, color="black", linewidth=0.8, linestyle="--")
+    axes[0].text(99, share + 1.5, f"all pairs: {share:.0f} %", ha="right")
+    axes[0].set(
+        title="Flipped labels have low strength", ylabel="labels that were flipped, %",
+        xlabel="tenth of the pairs by strength, weakest first, %", ylim=(0, 105))
 
 
 def draw_deciles(axes):
     """Figs. 4 and 5: what a tenth of the data teaches."""
-    cells = ("decile-{}", range(0, 100, 10), "labels as they are"), ("decile-{}-flipped", (0, 10), "labels flipped")
-    for name, lows, label in cells:
-        points = [interval(100 * read_metric(SEEDS, name.format(low), "eval/noisy/accuracy")) for low in lows]
-        if np.isnan(points).any():
-            raise ValueError("a run is missing")
-        axes[0].errorbar(np.array(lows) + 5, *np.transpose(points)[:2], fmt="o", capsize=3, label=label)
+    runs = read_results("denoising")["runs"]
+    for end, label in {"": "labels as they are", "-flipped": "labels flipped"}.items():
+        points = []
+        for low in range(0, 100, 10):
+            run = f"tenth-{low}{end}"
+            if run in runs:
+                accuracy = runs[run]["annotators' labels, %"]
+                points.append((low + 5, 100 * accuracy["mean"], 100 * accuracy["half"]))
+        x, y, half = np.transpose(points)
+        axes[0].errorbar(x, y, half, fmt="o", capsize=3, label=label)
     axes[0].axhline(50, color="black", linewidth=0.8)
-    axes[0].set(title="Reward models trained on a tenth", xlabel="tenth of the pairs, weakest first, %",
-                ylabel="accuracy on annotators' labels, %")
+    axes[0].set(
+        title="Reward models trained on a tenth", xlabel="tenth of the pairs, weakest first, %",
+        ylabel="accuracy on annotators' labels, %")
     axes[0].legend()
 
 
 def draw_features(axes):
-    """Fig. 11 as a projection: features of the responses of `shifted` on the line through the means of both sides."""
-    for axis, cell, title in zip(axes, ("baseline", "simcse"), ("Baseline", "SimCSE")):
-        features = score_pairs(SEEDS[0], cell, "shifted")[1]
+    """Fig. 11 as a projection: features of `shifted` on the line through both sides' means."""
+    titles = {"baseline": "Baseline", "simcse": "SimCSE"}
+    for axis, (run, title) in zip(axes, titles.items()):
+        _, features = score_pairs(SEEDS[0], run, "shifted")
         line = (features[:, 0] - features[:, 1]).mean(0)
-        positions = (features - features.mean((0, 1))) @ line / np.linalg.norm(line)  # (N, 2)
-        axis.hist(positions, 50, histtype="stepfilled", alpha=0.6, label=["chosen", "rejected"])
-        axis.set(title=f"{title}: features of two good responses", xlabel="from rejected to chosen", ylabel="responses")
+        line /= np.linalg.norm(line)
+        positions = (features - features.mean((0, 1))) @ line  # (N, 2)
+        axis.hist(
+            positions, 50, histtype="stepfilled", alpha=0.6,
+            label=["chosen", "rejected"])
+        axis.set(
+            title=f"{title}: features of two good responses", xlabel="from rejected to chosen",
+            ylabel="responses")
         axis.legend()
 
 
 def draw_differences(axes):
     """Fig. 16: how far apart the rewards of two nearly perfect responses to a prompt are."""
-    cells = ("baseline", "baseline"), ("meta-normalized", "MetaRM"), ("meta-alternate", "MetaRM, weights not restored")
-    for cell, label in cells:
-        rewards = np.concatenate([score_pairs(seed, cell, "pairs")[0] for seed in SEEDS])
+    labels = {"baseline": "baseline", "meta-normalized": "MetaRM",
+              "meta-alternate": "MetaRM, weights not restored"}
+    for run, label in labels.items():
+        rewards = np.concatenate([score_pairs(seed, run, "pairs")[0] for seed in SEEDS])
         sizes = abs(rewards[:, 0] - rewards[:, 1])
-        axes[0].hist(sizes, np.linspace(0, 2.5, 51), density=True, histtype="step", linewidth=1.5,
-                     label=f"{label} (mean {sizes.mean():.2f})")
-    axes[0].set(title="Rewards of two nearly perfect responses", xlabel="their difference", ylabel="density")
+        bins = np.linspace(0, 2.5, 51)
+        axes[0].hist(
+            sizes, bins, density=True, histtype="step", linewidth=1.5,
+            label=f"{label} (mean {sizes.mean():.2f})")
+    axes[0].set(
+        title="Rewards of two nearly perfect responses", xlabel="their difference",
+        ylabel="density")
     axes[0].legend()
 
 
 def draw_ppo(axes):
-    """Over-optimisation: what the reward model says and what the responses are worth, since the first iteration."""
+    """Over-optimisation: the reward model's score and the true reward since the first iteration."""
     if not SEEDS:
         raise ValueError("no seed in runs/claims")
-    for axis, cell, title in zip(axes, ("free-baseline", "free-simcse"), ("Baseline", "SimCSE")):
-        for key, label, color in (("score", "reward model's score", "C0"), ("gold", "true reward", "C1")):
+    titles = {"free-baseline": "Baseline", "free-simcse": "SimCSE"}
+    names = {"score": "reward model's score", "gold": "true reward"}
+    for axis, (run, title) in zip(axes, titles.items()):
+        for color, (key, label) in enumerate(names.items()):
             for i, seed in enumerate(SEEDS):
-                _, *records = map(json.loads, (seed / cell / "metrics.jsonl").read_text().splitlines())
-                points = [[x["ppo/kl"], x[f"ppo/{key}"] - records[0][f"ppo/{key}"]] for x in records]
-                axis.plot(*np.transpose(points), ".", color=color, markersize=3, label="" if i else label)
-        axis.set(title=f"PPO without KL penalty: {title}", xlabel="KL to the SFT model, nats per response",
-                 ylabel="change since the start", xlim=(0, 25), ylim=(-6, 4))
+                records = read_lines(seed / run / "metrics.jsonl")[1:]
+                kl = [record["ppo/kl"] for record in records]
+                change = [record[f"ppo/{key}"] - records[0][f"ppo/{key}"] for record in records]
+                axis.plot(
+                    kl, change, ".", color=f"C{color}", markersize=3,
+                    label="" if i else label)
+        axis.set(
+            title=f"PPO without KL penalty: {title}", ylabel="change since the start",
+            xlabel="KL to the SFT model, nats per response", xlim=(0, 25), ylim=(-6, 4))
         axis.legend(markerscale=3)
 
 
 def draw_best_of_n(axes):
     """The true reward of the best of n responses by reward."""
-    records = [x for x in json.loads(Path("runs/eval/eval.json").read_text()) if x["table"] == "best of n"]
+    records = json.loads(Path("runs/eval/eval.json").read_text())
+    records = [record for record in records if record["table"] == "best of n"]
     if not records:
         raise ValueError("runs/eval/eval.json has no best of n")
     for model in dict.fromkeys(record["model"] for record in records):
-        points = [[x["n"], x["score"], x["score_half"]] for x in records if x["model"] == model]
-        axes[0].errorbar(*np.transpose(points), fmt=".-", capsize=2, label=model)
+        points = [x for x in records if x["model"] == model]
+        n = [record["n"] for record in points]
+        score = [record["score"] for record in points]
+        half = [record["score_half"] for record in points]
+        axes[0].errorbar(n, score, half, fmt=".-", capsize=2, label=model)
     axes[0].set_xscale("log", base=2)
     axes[0].xaxis.set_major_formatter("{x:.0f}")
-    axes[0].set(title="Best of n responses by each reward model", xlabel="n", ylabel="true reward of the best")
+    axes[0].set(
+        title="Best of n responses by each reward model", xlabel="n",
+        ylabel="true reward of the best")
     axes[0].legend()
 
 
+FIGURES = {  # number of panels
+    draw_strength: 3, draw_known_truth: 1, draw_deciles: 1, draw_features: 2, draw_differences: 1,
+    draw_ppo: 2, draw_best_of_n: 1}
+
 if __name__ == "__main__":
-    for draw, columns in ((draw_strength, 3), (draw_deciles, 1), (draw_features, 2), (draw_differences, 1),
-                          (draw_ppo, 2), (draw_best_of_n, 1)):
+    for draw, columns in FIGURES.items():
         path = ROOT / f"docs/{draw.__name__.removeprefix('draw_')}.png"
-        figure, axes = plt.subplots(1, columns, figsize=(1.5 + 3.7 * columns, 3.6), layout="constrained", squeeze=False)
+        size = (1.5 + 3.7 * columns, 3.6)
+        figure, axes = plt.subplots(
+            1, columns, figsize=size, layout="constrained", squeeze=False)
         try:
             draw(axes[0])
             figure.savefig(path, dpi=90)
-        except (OSError, SystemExit, IndexError, ValueError) as error:
+        except (OSError, SystemExit, LookupError, ValueError) as error:
             print(f"no {path.name}: {error!r}"[:200])

@@ -1,73 +1,101 @@
-"""Section 2: votes, what each tenth of the data teaches, and denoising at four rates of flipped labels."""
+"""Section 2: votes, what each tenth of the data teaches, denoising at four rates of noise."""
 
-import numpy as np
+from measure import Claim
+from world import TOY, TRAIN, VOTE
 
-from run import TRAIN, compare
-
-FLIPS = [0.1, 0.0, 0.25, 0.4]  # fraction of the annotators' labels that are flipped; docs/toy has the first
+FLIPS = [0.1, 0.0, 0.25, 0.4]  # fractions of flipped labels; the first where a run's name has none
+VOTED = f"denoise_rm.py {TRAIN} --data $dir/vote-0.1/train.jsonl"
 METHODS = {
-    "baseline": "", "margin": "--margin", "flip": "--flip 0.1", "flip-margin": "--flip 0.1 --margin",
-    "S1": "--margin --label-smoothing 0.2 --smooth-on negative", "S3": "--soft-targets 1", "drop": "--drop 0.1"}
-NOISY = "baseline", "flip", "S1", "S3", "drop"  # also at the other rates
-VOTE = ("vote_strength.py --model {model} --data {dir}/toy-0.1/train.jsonl --eval-data noisy={dir}/toy-0.1/noisy.jsonl "
-        "--seed {seed}0 --batch-size 32 --lr 5e-4 --max-length 64 --epochs 3")
-VOTED = f"denoise_rm.py {TRAIN} --data {{dir}}/vote-0.1/train.jsonl"
+    "baseline": "", "margin": "--margin", "flip": "--flip 0.1", "drop": "--drop 0.1",
+    "flip-margin": "--flip 0.1 --margin", "S3": "--soft-targets 1",
+    "S1": "--margin --label-smoothing 0.2 --smooth-on negative"}
+STRONGEST = {
+    "plain": "", "margin": "--margin", "soft": "--label-smoothing 0.2",
+    "both": "--margin --label-smoothing 0.2"}
+ID = "eval/id/accuracy"
+NOISY = "eval/noisy/accuracy"  # the annotators' labels
+LOSS = "eval/noisy/loss"
+COLUMNS = {
+    "annotators' labels, %": NOISY, "gold, %": ID, "gold, `ood`, %": "eval/ood/accuracy",
+    "loss, annotators' labels": LOSS, "wrong labels repeated, %": "wrong/accuracy",
+    "wrong labels, %": "share wrong", "strength < 0, %": "share below 0",
+    "wrong, % of those": "share wrong below 0",
+    "strength < 0, % of wrong labels": "share below 0 of wrong",
+    "area under the curve": "area under the curve",
+    "right labels, weakest twentieth, %": "accuracy, weakest",
+    "nearest to 0, %": "accuracy, at 0", "strongest, %": "accuracy, strongest",
+    "std, weakest": "std, weakest", "std, 20 to 40 %": "std, 20 to 40 %",
+    "std, strongest": "std, strongest"}
+for i in range(1, 11):
+    COLUMNS[f"tenth {i}, %"] = f"share wrong, tenth {i}"
 
-CELLS = {f"vote-{rate}": VOTE.replace("toy-0.1", f"toy-{rate}") for rate in FLIPS}
-for name, flags in METHODS.items():
-    CELLS.update({f"{name}-{epochs}": f"{VOTED} {flags} --epochs {epochs}" for epochs in (1, 4, 8)})
-for name in NOISY:
-    CELLS.update({f"{name}-{epochs}-{rate}": CELLS[f"{name}-{epochs}"].replace("vote-0.1", f"vote-{rate}")
-                  for epochs in (1, 4) for rate in FLIPS[1:]})
-CELLS["again-4"] = f"{VOTED} --epochs 4 --seed 10{{seed}}"  # the effect of the seed alone (Fig. 27)
+RUNS = {}
+BASES = {}  # the run over which the accuracies of a run are gains
+for rate in FLIPS:
+    RUNS[f"vote-{rate}"] = VOTE.replace("toy-0.1", f"toy-{rate}")
+for epochs in (1, 4, 8):
+    for name, flags in METHODS.items():
+        RUNS[f"{name}-{epochs}"] = f"{VOTED} {flags} --epochs {epochs}"
+        BASES[f"{name}-{epochs}"] = f"baseline-{epochs}"
+for rate in FLIPS[1:]:
+    for epochs in (1, 4):
+        for name in ("baseline", "flip", "S1", "S3", "drop"):
+            command = RUNS[f"{name}-{epochs}"]
+            RUNS[f"{name}-{epochs}-{rate}"] = command.replace("vote-0.1", f"vote-{rate}")
+            BASES[f"{name}-{epochs}-{rate}"] = f"baseline-{epochs}-{rate}"
 for low in range(0, 100, 10):  # a tenth of the data, so more epochs
-    CELLS[f"decile-{low}"] = f"{VOTED} --percentiles {low} {low + 10} --epochs 8"
+    RUNS[f"tenth-{low}"] = f"{VOTED} --percentiles {low} {low + 10} --epochs 8"
 for low in (0, 10):
-    CELLS[f"decile-{low}-flipped"] = f"{VOTED} --percentiles {low} {low + 10} --epochs 8 --flip 1"
-for name, flags in {"plain": "", "margin": "--margin", "soft": "--label-smoothing 0.2",
-                    "both": "--margin --label-smoothing 0.2"}.items():
-    CELLS[f"strongest-{name}"] = f"{VOTED} --percentiles 90 100 --epochs 16 {flags}"
-MEASURED = "baseline-1", "flip-1", "S3-1", "baseline-4", "flip-4", "S3-4", "again-4"
-CELLS["voted-eval"] = " ".join([
-    "eval.py --max-length 64 --eval-data voted={dir}/vote-0.1/noisy.jsonl wrong={dir}/toy-0.1/wrong.jsonl",
-    "--reward-models", *(f"{name}={{dir}}/{name}/model" for name in MEASURED)])
+    RUNS[f"tenth-{low}-flipped"] = f"{VOTED} --percentiles {low} {low + 10} --epochs 8 --flip 1"
+for name, flags in STRONGEST.items():
+    RUNS[f"strongest-{name}"] = f"{VOTED} --percentiles 90 100 --epochs 16 {flags}"
+MODELS = ["baseline-1", "flip-1", "S3-1", "baseline-4", "flip-4", "S3-4"]
+FILES = " ".join(f"{name}=$dir/{name}/model" for name in MODELS)
+RUNS["eval"] = (
+    f"eval.py --eval-data wrong={TOY}/wrong.jsonl --max-length 64 --reward-models {FILES}")
 
-ID, NOISE, LOSS = "eval/id/accuracy", "eval/noisy/accuracy", "eval/noisy/loss"
-KEYS = NOISE, ID, "eval/ood/accuracy", LOSS
-VOTES = ("wrong", "strength < 0", "wrong if < 0", "< 0 if wrong", "accuracy, weakest", "accuracy, at 0",
-         "accuracy, strongest", "std, weakest", "std, 20 to 40 %", "std, strongest")
-TABLES = [("votes", [f"vote-{rate}" for rate in FLIPS], VOTES),
-          ("part of the data", [name for name in CELLS if name.startswith(("decile", "strongest"))], KEYS)]
-TABLES += [(f"all data, {epochs} epochs", [f"{name}-{epochs}" for name in METHODS], KEYS, f"baseline-{epochs}")
-           for epochs in (1, 4, 8)]
-TABLES += [(f"{rate:.0%} flipped", [f"{name}-{epochs}-{rate}" for name in NOISY], [ID], f"baseline-{epochs}-{rate}")
-           for epochs in (1, 4) for rate in FLIPS[1:]]
-NORMAL = ",".join(f"decile-{low}" for low in range(40, 100, 10))
-ALL = ",".join(f"decile-{low}" for low in range(0, 100, 10))
-COMPARISONS = [
-    *(("Fig. 2", "vote-0.1", "vote-0.1", f"std, {part}", "std, 20 to 40 %") for part in ("weakest", "strongest")),
-    ("Fig. 3", 0.5, "vote-0.1", "accuracy, weakest"), ("Fig. 3", "vote-0.1", 0.95, "accuracy, strongest"),
-    ("Fig. 3", 0.55, "vote-0.1", "accuracy, at 0"),
-    ("Fig. 4", 0.5, "decile-0", NOISE), ("Fig. 4", 0.5, "decile-10", NOISE),  # the opposite is learnt
-    *(("Fig. 4", *sides, NOISE) for x in ("decile-20", "decile-30") for sides in ((x, 0.45), (0.55, x))),  # nothing
-    ("Fig. 4", "decile-60,decile-70", "decile-90", NOISE),  # the strongest is not the best
-    *(("Fig. 5", f"decile-{low}-flipped", part, NOISE) for low in (0, 10) for part in (ALL, NORMAL)),
-    *(("Fig. 6", f"strongest-{a}", f"strongest-{b}", NOISE)
-      for a, b in (("margin", "plain"), ("soft", "plain"), ("both", "soft"))),
-    ("Fig. 6", "strongest-plain", "strongest-soft", LOSS),
-    ("Fig. 7", "margin-8", "baseline-8", NOISE), ("Fig. 8", "baseline-4", "baseline-8", NOISE),
-    ("Fig. 8", "baseline-8", "S1-8", LOSS), ("Fig. 8", "baseline-8", "S3-8", LOSS),
-    *(("Fig. 8", f"{name}-{epochs}", f"baseline-{epochs}", ID)
-      for epochs in (1, 4, 8) for name in ("margin", "flip", "flip-margin", "S1", "S3")),
-    *(("Fig. 28", f"baseline-{epochs}", f"{name}-{epochs}", "wrong/accuracy")  # fewer wrong labels are repeated
-      for epochs in (1, 4) for name in ("flip", "S3")),
-    *(("2509.23564", f"drop-4{rate}", f"flip-4{rate}", ID) for rate in ("-0.0", "", "-0.25", "-0.4"))]
-
-
-def more_claims(folders):
-    def weak_gap(name):  # mean abs(accuracy - baseline's) in the 10 weaker of 20 segments less that in the others
-        keys = [f"voted/{i}/accuracy" for i in range(1, 21)]
-        gaps = [abs(compare(folders, "", name, "baseline-4", key)[2]) for key in keys]
-        return np.mean(gaps[:10], axis=0) - np.mean(gaps[10:], axis=0)
-    text = "abs(flip - baseline), weaker - stronger half, less the same for a baseline with another seed"
-    return [("Fig. 27", text, weak_gap("flip-4") - weak_gap("again-4"), 100)]
+CLAIMS = [
+    Claim("Fig. 3", "Of the weakest labels, less than half are right", "accuracy, weakest",
+          larger=0.5, smaller="vote-0.1"),
+    Claim("Fig. 3", "Of the strongest labels, more than 95 % are right", "accuracy, strongest",
+          larger="vote-0.1", smaller=0.95),
+    Claim("Fig. 3", "Of the labels near 0, at most 55 % are right", "accuracy, at 0",
+          larger=0.55, smaller="vote-0.1"),
+    Claim("Fig. 4", "The weakest tenth teaches the opposite", NOISY, 0.5, "tenth-0"),
+    Claim("Fig. 4", "The second weakest tenth teaches the opposite", NOISY, 0.5, "tenth-10"),
+    Claim("Fig. 4", "The third weakest tenth ends above 45 %", NOISY, "tenth-20", 0.45),
+    Claim("Fig. 4", "The third weakest tenth ends below 55 %", NOISY, 0.55, "tenth-20"),
+    Claim("Fig. 4", "The fourth weakest tenth ends above 45 %", NOISY, "tenth-30", 0.45),
+    Claim("Fig. 4", "The fourth weakest tenth ends below 55 %", NOISY, 0.55, "tenth-30"),
+    Claim("Fig. 4", "The strongest tenth is worse than normal ones", NOISY,
+          larger=["tenth-60", "tenth-70"], smaller="tenth-90"),
+    Claim("Fig. 6", "Margins help on strong labels", NOISY, "strongest-margin", "strongest-plain"),
+    Claim("Fig. 6", "Smoothing helps on strong labels", NOISY, "strongest-soft", "strongest-plain"),
+    Claim("Fig. 6", "Margins help beside smoothing", NOISY, "strongest-both", "strongest-soft"),
+    Claim("Fig. 6", "Smoothing keeps the loss low", LOSS, "strongest-plain", "strongest-soft"),
+    Claim("Fig. 7", "The margin helps after 8 epochs", NOISY, "margin-8", "baseline-8"),
+    Claim("Fig. 8", "The baseline falls from 4 to 8 epochs", NOISY, "baseline-4", "baseline-8"),
+    Claim("Fig. 8", "S1 has a lower loss after 8 epochs", LOSS, "baseline-8", "S1-8"),
+    Claim("Fig. 8", "S3 has a lower loss after 8 epochs", LOSS, "baseline-8", "S3-8")]
+for part in ("weakest", "strongest"):
+    CLAIMS.append(Claim(
+        "Fig. 2", f"Voters disagree more about the {part} labels than about weak ones",
+        f"std, {part}", larger="vote-0.1", smaller="vote-0.1", smaller_key="std, 20 to 40 %"))
+for low, words in ((0, "weakest"), (10, "second weakest")):
+    for group, start in (("all", 0), ("the upper six", 40)):
+        text = f"The {words} tenth, flipped, beats the mean of {group} tenths"
+        tenths = [f"tenth-{x}" for x in range(start, 100, 10)]
+        CLAIMS.append(Claim("Fig. 5", text, NOISY, f"tenth-{low}-flipped", tenths))
+for epochs in (1, 4, 8):
+    for name in ("margin", "flip", "flip-margin", "S1", "S3"):
+        text = f"{name} beats the baseline, epochs: {epochs}"
+        CLAIMS.append(Claim("Fig. 8", text, ID, f"{name}-{epochs}", f"baseline-{epochs}"))
+for epochs in (1, 4):
+    for name in ("flip", "S3"):
+        text = f"{name} repeats fewer wrong labels, epochs: {epochs}"
+        CLAIMS.append(Claim(
+            "Fig. 28", text, "wrong/accuracy", f"baseline-{epochs}", f"{name}-{epochs}"))
+for rate in FLIPS:
+    end = "4" if rate == FLIPS[0] else f"4-{rate}"
+    text = f"Dropping beats flipping, labels flipped: {rate:.0%}"
+    CLAIMS.append(Claim("2509.23564", text, ID, f"drop-{end}", f"flip-{end}"))
