@@ -282,12 +282,14 @@ def check_tokenizers(tokenizer, reward_tokenizer, is_chat, args):
 
 
 def warn_of_template(prompt, tokenizer):
-    """Print a warning if a response is sampled behind another text than it is rewarded behind."""
-    sampled = render(prompt, tokenizer, add_generation_prompt=True)
-    rewarded = render([*prompt, {"role": "assistant", "content": "x"}], tokenizer)
-    if not rewarded.startswith(sampled):
-        print0(f"warning: the policy responds to '...{sampled[-40:]}', but in reward training "
-               f"the chat template writes '...{rewarded[-40:]}': scores may be wrong")
+    """Print a warning if the policy's response follows another text than in reward training.
+
+    Templates of reasoning models may open "<think>" in one of the two only."""
+    start = render(prompt, tokenizer, add_generation_prompt=True)
+    whole = render([*prompt, {"role": "assistant", "content": "RESPONSE"}], tokenizer)
+    if not whole.startswith(start):
+        print0(f"warning: scores may be wrong, because the policy's response follows "
+               f"{start[-50:]!r}, but in reward training the chat template gives {whole[-50:]!r}")
 
 
 def load_prompts(source, split, tokenizer, args, limit=math.inf):
@@ -314,8 +316,6 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
             prompts.ids.append(ids)
     if not prompts.ids:
         fatal(f"{source}: no row has a prompt")
-    if prompts.is_chat:
-        warn_of_template(prompts.texts[0], tokenizer)
 
     # truncate from the left, but keep BOS
     room = args.max_length - args.max_new_tokens - len(end_ids(tokenizer, prompts.is_chat))
@@ -443,17 +443,17 @@ def token_rewards(scores, logp, reference_logp, mask, kl_coef):
     return rewards.scatter_add(2, last, scores[..., None])
 
 
-def estimate_advantages(rewards, values, mask, gae_lambda):
-    """Generalised advantage estimation (arXiv 1506.02438): all (..., L) -> advantages (..., L).
+def estimate_advantages(rewards, values, gae_lambda):
+    """Generalised advantage estimation (arXiv 1506.02438): rewards and values (..., L) -> (..., L).
 
-    The discount gamma is 1. The value after the last token is 0."""
+    Both are 0 behind the last token of a response. The discount gamma is 1."""
     advantages = torch.zeros_like(rewards)
     advantage = next_value = 0.0
     for t in reversed(range(rewards.size(-1))):
         delta = rewards[..., t] + next_value - values[..., t]
-        advantage = (delta + gae_lambda * advantage) * mask[..., t]
-        next_value = values[..., t] * mask[..., t]
+        advantage = delta + gae_lambda * advantage
         advantages[..., t] = advantage
+        next_value = values[..., t]
     return advantages
 
 
@@ -547,11 +547,12 @@ def score_rollouts(prompts, responses, models, args):
 
 
 def mean_gold(prompts, responses, models, args):
-    """The mean true reward of all responses. Stops with an error at what the function raises."""
+    """The mean true reward of all responses. Stops with an error if `gold` raises one."""
     try:
         values = []
         for prompt, y in zip(prompts.texts, responses):
-            values += [models.gold(prompt, text) for text in decode("", y, models.tokenizer)]
+            for text in decode("", y, models.tokenizer):
+                values.append(float(models.gold(prompt, text)))
         return np.mean(values)
     except Exception as error:  # gold is the user's code
         fatal(f"--gold {args.gold}: {error!r}")
@@ -584,6 +585,8 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(args.model)
     args.max_length = args.max_length or default_max_length(args.model)
     prompts = load_prompts(args.data, "train", tokenizer, args)
+    if prompts.is_chat:
+        warn_of_template(prompts.texts[0], tokenizer)
     policy = load_policy(args.model, tokenizer, device, args, "--model")
 
     if args.iterations:
@@ -593,18 +596,26 @@ if __name__ == "__main__":
             sets[name] = load_prompts(source, "test", tokenizer, args, args.eval_prompts)
 
         # reward model, critic and reference
-        name = args.reward_model
-        reward_tokenizer = load_tokenizer(name)
+        reward_tokenizer = load_tokenizer(args.reward_model)
         check_tokenizers(tokenizer, reward_tokenizer, prompts.is_chat, args)
-        critic = load_reward_model(name, reward_tokenizer, device, args, "--reward-model")
-        reward_model = load_reward_model(name, reward_tokenizer, device, args, "--reward-model")
-        name = args.reference or args.model
-        reference = load_policy(name, tokenizer, device, args, "--reference")
+        critic = load_reward_model(
+            args.reward_model, reward_tokenizer, device, args, "--reward-model")
+        reward_model = load_reward_model(
+            args.reward_model, reward_tokenizer, device, args, "--reward-model")
+        reference = load_policy(
+            args.reference or args.model, tokenizer, device, args, "--reference")
         reward_model.requires_grad_(False)
         reference.requires_grad_(False)
         models = Models(policy, reference, reward_model, tokenizer, reward_tokenizer, gold)
         # policy and critic read the same batches, so both must be able to share prompts
         policy.share = critic.share = policy.share and critic.share
+
+        # The tokenizer to save with the policy. load_tokenizer may have added a pad token, but the
+        # policy's embedding may have no row for it. Then EOS is the pad token.
+        policy_tokenizer = AutoTokenizer.from_pretrained(args.model)
+        num_rows = policy.hf_model.get_input_embeddings().num_embeddings
+        if policy_tokenizer.pad_token_id not in range(num_rows):
+            policy_tokenizer.pad_token = policy_tokenizer.eos_token
 
         # UNSTATED: AdamW's settings and the schedule. Here they are those of the authors' PPO.
         trained = nn.ModuleDict({"policy": policy, "critic": critic})
@@ -651,15 +662,15 @@ if __name__ == "__main__":
         mask = rollout.mask
         rewards = token_rewards(scores, old_logp, rollout.reference_logp, mask, args.kl_coef)
         old_values = read_all(read_values, critic, rollout.rows, args)
-        advantages = estimate_advantages(rewards, old_values, mask, args.gae_lambda)
+        advantages = estimate_advantages(rewards, old_values, args.gae_lambda)
         returns = advantages + old_values
         num_tokens = mask.sum()
         if args.whiten_advantages and num_tokens > 1:  # a single token has no std
             mean = advantages[mask].mean()
             advantages = (advantages - mean) / (advantages[mask].std() + 1e-8)
 
-        # Updates, each on the whole roll-out: there are no minibatches. So with --epochs 1 the
-        # ratio is 1 in the only update, and clipping has no effect.
+        # Updates, each on the whole roll-out: there are no minibatches. So with --epochs 1, the
+        # default, the ratio is 1 in the only update, and clipping has no effect.
         for epoch in range(args.epochs):
             sums = torch.zeros(5, device=device)
             order = np.arange(len(rollout.rows))
@@ -721,11 +732,6 @@ if __name__ == "__main__":
 
     # the trained policy
     if args.iterations:
-        # load_tokenizer may have added a pad token, which has no row in the policy's embedding
-        policy_tokenizer = AutoTokenizer.from_pretrained(args.model)
-        num_rows = policy.hf_model.get_input_embeddings().num_embeddings
-        if policy_tokenizer.pad_token_id not in range(num_rows):
-            policy_tokenizer.pad_token = policy_tokenizer.eos_token
         save_model(f"{args.output_dir}/policy", policy, policy_tokenizer)
 
     # its samples, for meta_rm.py

@@ -85,11 +85,12 @@ def gae(rewards, values, gae_lambda):
 
 
 def test_advantages_against_a_plain_loop():
-    """Each response has a length of its own; what stands behind it, any numbers here, does not count."""
+    """Each response has a length of its own."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(4, 3, 7, dtype=torch.float64, generator=generator) for _ in range(2))
     counts = torch.randint(1, 8, (4, 3), generator=generator)
-    result = ppo_loop.estimate_advantages(rewards, values, torch.arange(7) < counts[..., None], 0.8)
+    mask = torch.arange(7) < counts[..., None]
+    result = ppo_loop.estimate_advantages(rewards * mask, values * mask, 0.8)
     for i, j in np.ndindex(4, 3):
         n = counts[i, j]
         expected = gae(rewards[i, j, :n].tolist(), values[i, j, :n].tolist(), 0.8)
@@ -225,6 +226,39 @@ def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
     assert len(ppo_loop.load_prompts(write(tmp_path / "q.jsonl", pairs), "train", tokenizer, args()).ids) == 1
 
 
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_scores_are_those_of_reward_training(is_chat, pad, llama, reward_model, tmp_path, monkeypatch):
+    """Of a response that ends with either stop token or not at all, as of its text. Conversations end as the template
+    ends them. TRL's models pad with EOS and are read before it."""
+    monkeypatch.chdir(tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(reward_model)
+    classifier.config.pad_token_id = 0 if pad == "<pad>" else 2
+    classifier.save_pretrained("rm")
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template, tokenizer.pad_token = PLAIN.replace("{{ eos_token }}", "pear {{ eos_token }}"), pad
+    tokenizer.save_pretrained("rm")
+    lm = AutoModelForCausalLM.from_pretrained(llama)
+    lm.generation_config.eos_token_id = [2, tokenizer.vocab["pear"]]
+    lm.save_pretrained("lm")
+    tokenizer.pad_token = "<pad>"
+    tokenizer.save_pretrained("lm")
+
+    flags = args(model="lm", reward_model="rm", gold=None)
+    policy, theirs = ppo_loop.load_policy("lm", tokenizer, CPU, flags, "--model"), common.load_tokenizer("rm")
+    reward = common.load_reward_model("rm", theirs, CPU, flags, "--reward-model")
+    write("p.jsonl", [{"prompt": CHAT if is_chat else "name two fruits"}])
+    prompts = ppo_loop.load_prompts("p.jsonl", "train", tokenizer, flags)
+    responses = [tokenizer(text, add_special_tokens=False).input_ids for text in ("fig", "fig pear", "dog saw </s>")]
+    models = ppo_loop.Models(policy, policy, reward, tokenizer, theirs, None)
+    rollout = ppo_loop.score_rollouts(prompts, [responses], models, flags)
+    assert rollout.ended.tolist() == [[False, True, True]]
+    texts = [FIG, FIG, DOG] if is_chat else [" fig", " fig", " dog saw"]
+    prompt, trained, _ = common.encode(prompts.texts[0], texts, theirs, 64)
+    expected = [classifier(torch.tensor([prompt + ids])).logits.item() for ids in trained]
+    assert rollout.scores[0].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 CHAT = [{"role": "user", "content": "name two fruits"}]
 FIG, DOG = [{"role": "assistant", "content": "fig"}], [{"role": "assistant", "content": "dog saw"}]
 PLAIN = ("{% for m in messages %}{{ m.role }} {{ m.content }} {{ eos_token }} {% endfor %}"
@@ -244,6 +278,8 @@ def test_prompts_have_the_ids_of_reward_training(template, bos, fits, tmp_path, 
         tokenizer.backend_tokenizer.post_processor = None
     prompt = CHAT if template else "\n\nHuman: name two fruits\n\nAssistant:"
     ids = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", [{"prompt": prompt}]), "train", tokenizer, args()).ids[0]
+    if template:
+        ppo_loop.warn_of_template(prompt, tokenizer)
     responses = [FIG, DOG] if template else [" fig", " dog saw"]
     trained = common.encode(prompt, responses, tokenizer, 64)[0]
     assert (ids == trained) == fits == ("warning" not in capsys.readouterr().out)
