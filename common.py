@@ -110,7 +110,6 @@ def is_toy(model):
 
 def setup():
     """Join the processes that torchrun started, or be the only one; -> the device of this rank."""
-    sys.excepthook = print_error
     sys.stdout.reconfigure(errors="replace")  # a terminal without "±" must not end a run
 
     cuda = torch.cuda.is_available()
@@ -125,6 +124,7 @@ def setup():
         # atexit runs the last one first. After it gloo's threads still need Python: pytorch #190489
         atexit.register(time.sleep, 0.5 if WORLD_SIZE > 1 else 0)
         atexit.register(dist.destroy_process_group)
+    sys.excepthook = print_error  # here, because init_process_group sets one, too
 
     # what datasets logs as an error, it raises as well
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
@@ -394,10 +394,16 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     return data
 
 
+@functools.cache
+def print_once(text):
+    """Print a line on rank 0, unless it has been printed before."""
+    print0(text)
+
+
 def print_example(data, tokenizer):
     """Print the first row as the model reads it, so that a wrong template is seen at once."""
-    texts = tokenizer.batch_decode([data[0]["prompt_ids"], *data[0]["response_ids"]])
-    print0("first example: " + " | ".join(repr(text[-200:]) for text in texts))
+    texts = tokenizer.batch_decode([data[0]["prompt_ids"], *data[0]["response_ids"][:2]])
+    print_once("first example: " + " | ".join(repr(text[-200:]) for text in texts))
 
 
 def load_sets(pairs, tokenizer, max_length):
@@ -411,8 +417,8 @@ def load_sets(pairs, tokenizer, max_length):
 def load_tokenizer(name):
     """The tokenizer of a folder or hub id. Its pad token is not EOS, which would hide the end.
 
-    The exception is a reward model whose config pads with EOS, as TRL's do if their language model
-    has no pad token. It reads the token before EOS, and `encode` then leaves EOS out."""
+    The pad token of a reward model is that of its config, by which transformers finds the token to
+    read. It may be EOS, as in TRL if the language model had none: `encode` then leaves EOS out."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
@@ -423,9 +429,10 @@ def load_tokenizer(name):
 
     # the first call resets padding that its file asks for: now, because cache keys depend on it
     tokenizer("a")
+    pad = config.get_text_config().pad_token_id
     is_reward_model = "SequenceClassification" in str(config.architectures)
-    if is_reward_model and config.get_text_config().pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = tokenizer.eos_token
+    if is_reward_model and pad in tokenizer.get_vocab().values():
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     elif tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     return tokenizer
@@ -692,6 +699,8 @@ def compute_rewards(model, data, micro_tokens, with_features=False):
     # every rank has filled in its own rows
     dist.all_reduce(rewards)
     dist.all_reduce(features)
+    if not rewards.isfinite().all():
+        raise ValueError("some rewards are not finite: try --dtype float32, or another model")
     return (rewards, features) if with_features else rewards
 
 

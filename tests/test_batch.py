@@ -143,6 +143,14 @@ def test_padding_and_empty_batches(tmp_path, tokenizer):
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+def test_rewards_that_are_not_finite_are_refused(tmp_path, tokenizer):
+    model = load("llama", tmp_path, tokenizer)
+    with torch.no_grad():
+        model.hf_model.score.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError):
+        common.compute_rewards(model, DATA, 64)
+
+
 def test_head_and_dropout(llama, tmp_path, tokenizer):
     model = load("gpt2", tmp_path, tokenizer)
     assert model.training and not [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
