@@ -264,21 +264,18 @@ def load_policy(name, tokenizer, device, args, flag):
     return policy
 
 
-def check_tokenizers(tokenizer, reward_tokenizer, is_chat, args):
-    """Stop with an error if the reward model would read other token ids than the policy writes.
+def compare_tokenizers(tokenizer, other, is_chat):
+    """What makes two tokenizers read the same response as different ids: a list of names.
 
     Pad tokens may differ. Chat templates matter for conversations only."""
-    pads = {tokenizer.pad_token, reward_tokenizer.pad_token}
+    pads = {tokenizer.pad_token, other.pad_token}
     parts = []
-    for x in (tokenizer, reward_tokenizer):
+    for x in (tokenizer, other):
         parts.append({
             "vocabulary": {word: i for word, i in x.get_vocab().items() if word not in pads},
             "EOS token": x.eos_token, "BOS token": to_ids("a", x, is_chat=False),
             "chat template": x.chat_template if is_chat else None})
-    different = [key for key in parts[0] if parts[0][key] != parts[1][key]]
-    if different:
-        fatal(f"--reward-model {args.reward_model} and --model {args.model} must have the same "
-              f"tokenizer, but theirs differ in: {', '.join(different)}")
+    return [name for name in parts[0] if parts[0][name] != parts[1][name]]
 
 
 def warn_of_template(prompt, tokenizer):
@@ -480,10 +477,12 @@ def rescale(scores, sums, scaling, clip):
     `sums` (3,), float64: count, sum and sum of squares of all scores so far. These are added."""
     x = scores.double()
     sums += torch.tensor([x.numel(), x.sum(), (x**2).sum()])
+    # mean and std of all scores so far
     count, total, squares = sums.tolist()
     mean = total / count
     variance = (squares - total**2 / count) / max(1, count - 1)
     std = math.sqrt(max(0.0, variance))
+
     if scaling == "norm":
         scores = scores - mean
     if scaling != "none" and std > 0:
@@ -597,13 +596,18 @@ if __name__ == "__main__":
 
         # reward model, critic and reference
         reward_tokenizer = load_tokenizer(args.reward_model)
-        check_tokenizers(tokenizer, reward_tokenizer, prompts.is_chat, args)
+        different = compare_tokenizers(tokenizer, reward_tokenizer, prompts.is_chat)
+        if different:
+            fatal(f"--reward-model {args.reward_model} and --model {args.model} must have the same "
+                  f"tokenizer, but theirs differ in: {', '.join(different)}")
         critic = load_reward_model(
             args.reward_model, reward_tokenizer, device, args, "--reward-model")
         reward_model = load_reward_model(
             args.reward_model, reward_tokenizer, device, args, "--reward-model")
-        reference = load_policy(
-            args.reference or args.model, tokenizer, device, args, "--reference")
+        args.reference = args.reference or args.model
+        if "vocabulary" in compare_tokenizers(tokenizer, load_tokenizer(args.reference), False):
+            fatal(f"--reference {args.reference} has another vocabulary than --model {args.model}")
+        reference = load_policy(args.reference, tokenizer, device, args, "--reference")
         reward_model.requires_grad_(False)
         reference.requires_grad_(False)
         models = Models(policy, reference, reward_model, tokenizer, reward_tokenizer, gold)
@@ -669,8 +673,8 @@ if __name__ == "__main__":
             mean = advantages[mask].mean()
             advantages = (advantages - mean) / (advantages[mask].std() + 1e-8)
 
-        # Updates, each on the whole roll-out: there are no minibatches. So with --epochs 1, the
-        # default, the ratio is 1 in the only update, and clipping has no effect.
+        # Updates, each on the whole roll-out. There are no minibatches: micro-batches only limit
+        # memory. So with --epochs 1, the default, the ratio is 1, and clipping has no effect.
         for epoch in range(args.epochs):
             sums = torch.zeros(5, device=device)
             order = np.arange(len(rollout.rows))
@@ -689,11 +693,13 @@ if __name__ == "__main__":
                     values, old_values[i], returns[i], args.clip_range_value)
                 (critic_loss[real].sum() / num_tokens).backward()
 
-                # sums for the log
+                # sums over the tokens, for the log
                 log_ratio = logp - old_logp[i]
                 approx_kl = log_ratio.expm1() - log_ratio
                 parts = loss, critic_loss, approx_kl, clipped, value_clipped
                 sums += torch.stack([part.detach()[real].sum() for part in parts])
+
+            # means over the tokens of all ranks; the gradients are summed by FSDP
             dist.all_reduce(sums)
             names = "policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction"
             losses = dict(zip(names, (sums / num_tokens).tolist()))

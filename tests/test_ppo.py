@@ -222,7 +222,8 @@ def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
     rows = [{"prompt": "\n"}, {"prompt": "name two fruits"}]
     prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args())
     assert prompts.texts == ["name two fruits"] and "1 of 2 rows" in capsys.readouterr().out
-    pairs = [{"chosen": f"\n\nHuman: {x}\n\nAssistant: fig", "rejected": "\n\nHuman: a\n\nAssistant: dog"} for x in "ab"]
+    pairs = [{"chosen": f"\n\nHuman: {x}\n\nAssistant: fig", "rejected": "\n\nHuman: a\n\nAssistant: dog"}
+             for x in "ab"]
     assert len(ppo_loop.load_prompts(write(tmp_path / "q.jsonl", pairs), "train", tokenizer, args()).ids) == 1
 
 
@@ -300,11 +301,7 @@ def test_the_reward_model_must_read_like_the_policy(change, is_chat, fits):
     else:
         for name, value in change.items():
             setattr(theirs, name, value)
-    if fits:
-        ppo_loop.check_tokenizers(ours, theirs, is_chat, args(model="lm", reward_model="rm"))
-    else:
-        with pytest.raises(SystemExit, match=r"^error: --reward-model rm [^\n]*$"):
-            ppo_loop.check_tokenizers(ours, theirs, is_chat, args(model="lm", reward_model="rm"))
+    assert (ppo_loop.compare_tokenizers(ours, theirs, is_chat) == []) == fits
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -480,8 +477,8 @@ def test_the_loop_of_the_docstring(llama, tmp_path):
 
 
 def test_a_policy_without_a_pad_token(ppo, llama, tokenizer):
-    """load_tokenizer adds one, for which the policy has no embedding. Plain transformers pads a batch for what is saved,
-    and samples from it."""
+    """load_tokenizer adds one, for which the policy has no embedding. Plain transformers pads a batch for what is
+    saved, and samples from it."""
     lm = AutoModelForCausalLM.from_pretrained(llama)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = None
     for folder in ("lm", "rm"):
@@ -531,6 +528,7 @@ def test_the_toy_world(monkeypatch):
     (["--model", "rm"], "--model rm"), (["--iterations", "0", "--max-length", "257"], "--max-length"),
     (["--reward-model", "lm"], "lm"), (["--reward-model", "words"], "tokenizer"), (["--gold", "none.py"], "none.py"),
     (["--lr", "1e30", "--max-grad-norm", "1e30"], "--lr"), (["--gold", "raises.py"], "raises.py"),
+    (["--reward-model", "eos"], "EOS"), (["--reference", "words_lm"], "words_lm"),
     (["--gold", "none_at_all.py"], "none_at_all.py")])
 def test_bad_input(flags, name, ppo, llama, tokenizer):
     write("bad.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
@@ -538,8 +536,13 @@ def test_bad_input(flags, name, ppo, llama, tokenizer):
     Path("raises.py").write_text("def gold(prompt, response):\n    return {}[response]\n")
     Path("none_at_all.py").write_text("def gold(prompt, response):\n    pass\n")
     shutil.copytree(llama, "lm")
-    shutil.copytree("rm", "words")
-    Path("words/tokenizer.json").write_text(Path("words/tokenizer.json").read_text().replace('"apple"', '"pomme"'))
+    for folder, source, file, old, new in [
+            ("words", "rm", "tokenizer.json", '"apple"', '"pomme"'),
+            ("words_lm", llama, "tokenizer.json", '"apple"', '"pomme"'),
+            ("eos", "rm", "tokenizer_config.json", '"eos_token": "</s>"', '"eos_token": "fig"')]:
+        path = Path(shutil.copytree(source, folder), file)
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
     with pytest.raises(SystemExit) as error:
         ppo(*flags)
     assert name in str(error.value) and "\n" not in str(error.value)
