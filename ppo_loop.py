@@ -87,7 +87,8 @@ def parse_args():
         "that of the toy world")
     add("--reference",
         help="language model of the KL penalty: folder or hub id; by default --model")
-    add("--reward-model", help="a trained reward model: folder or hub id")
+    add("--reward-model",
+        help="a trained reward model: folder or hub id; only the toy world has a default")
     add("--gold", metavar="FILE.py",
         help="a file with gold(prompt, response) -> float, the true reward: logged, not trained on")
     add("--data", default="Anthropic/hh-rlhf",
@@ -171,13 +172,10 @@ def parse_args():
         help="keep weights, gradients and optimizer state in host memory")
 
     known = parser.parse_known_args()[0]
-    toy = is_toy(known.model) or known.reference and is_toy(known.reference)
-    if toy:
+    if is_toy(known.model) or known.reference and is_toy(known.reference):
         parser.set_defaults(**TOY_FILES | TOY_SETTINGS)
+        print0(f"toy world, with the defaults {TOY_SETTINGS}")
     args = parser.parse_args()
-    if toy:
-        settings = {name: getattr(args, name) for name in TOY_SETTINGS}
-        print0(f"toy world, with {settings}")
     if args.iterations and not args.reward_model:
         fatal("--reward-model is missing: the folder or hub id of a trained reward model")
     return args
@@ -624,15 +622,15 @@ if __name__ == "__main__":
         # UNSTATED: AdamW's settings and the schedule. Here they are those of the authors' PPO.
         trained = nn.ModuleDict({"policy": policy, "critic": critic})
         trained.register_buffer("score_sums", torch.zeros(3, dtype=torch.float64))
-        kwargs = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device.type == "cuda"}
-        optimizers = [
-            torch.optim.AdamW(policy.parameters(), lr=args.lr, eps=1e-6, **kwargs),
-            torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, eps=1e-8, **kwargs)]
+        optimizer = torch.optim.AdamW(
+            [{"params": policy.parameters(), "lr": args.lr, "eps": 1e-6},
+             {"params": critic.parameters(), "lr": args.critic_lr, "eps": 1e-8}],
+            betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
 
     # begin a run, or go on with one
     start = open_run(args, [args.model, args.reference, args.reward_model, args.data])
     if start:
-        load_checkpoint(args.output_dir, trained, optimizers, start)
+        load_checkpoint(args.output_dir, trained, optimizer, start)
     elif args.iterations:
         log(args.output_dir, 0, evaluate(models, sets, args, 0))
 
@@ -644,8 +642,8 @@ if __name__ == "__main__":
         # learning rates: linear warm-up, then 1 / sqrt(iteration)
         warmup = max(1, round(args.iterations * args.warmup_ratio))
         factor = min(done / warmup, math.sqrt(warmup / done))
-        optimizers[0].param_groups[0]["lr"] = args.lr * factor
-        optimizers[1].param_groups[0]["lr"] = args.critic_lr * factor
+        optimizer.param_groups[0]["lr"] = args.lr * factor
+        optimizer.param_groups[1]["lr"] = args.critic_lr * factor
 
         # sample responses to the next prompts
         began = time.time()
@@ -696,8 +694,8 @@ if __name__ == "__main__":
                 # sums over the tokens, for the log
                 log_ratio = logp - old_logp[i]
                 approx_kl = log_ratio.expm1() - log_ratio
-                parts = loss, critic_loss, approx_kl, clipped, value_clipped
-                sums += torch.stack([part.detach()[real].sum() for part in parts])
+                parts = [loss, critic_loss, approx_kl, clipped, value_clipped]
+                sums += torch.stack(parts).detach()[:, real].sum(1)
 
             # means over the tokens of all ranks; the gradients are summed by FSDP
             dist.all_reduce(sums)
@@ -716,9 +714,8 @@ if __name__ == "__main__":
             if not math.isfinite(sums[:2].sum() + grad_norm + critic_grad_norm):
                 fatal(f"step {done}: a loss or gradient is not finite: "
                       "lower --lr or --critic-lr")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
         # log, evaluate and save
         metrics = {**losses, **rollout.means, "entropy": -old_logp[mask].mean().item(),
@@ -734,7 +731,7 @@ if __name__ == "__main__":
         shown = {key: x for key, x in rollout.means.items() if key in ("score", "gold", "kl")}
         bar.set_postfix(shown, refresh=False)
         if args.save_every and done % args.save_every == 0 and done < args.iterations:
-            save_checkpoint(args.output_dir, trained, optimizers, done)
+            save_checkpoint(args.output_dir, trained, optimizer, done)
 
     # the trained policy
     if args.iterations:
