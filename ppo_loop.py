@@ -503,46 +503,6 @@ def end_response(tokens, stop, end):
     return words + end or tokens
 
 
-def score_rollouts(prompts, responses, models, args):
-    """Prompts and the token ids (N, k, tokens) of responses -> Rollout.
-
-    Its means: score, score_std within a prompt, gold, ended, length in tokens. At --temperature: kl
-    to the reference in nats per response, and perplexity under the reference."""
-    # log-probabilities (N, k, L)
-    rows = make_rows(prompts.ids, responses)
-    logp = read_all(read_logp, models.policy, rows, args)
-    reference_logp = read_all(read_logp, models.reference, rows, args)
-
-    # scores (N, k)
-    stop = models.policy.stop_tokens()
-    end = end_ids(models.reward_tokenizer, prompts.is_chat)
-    counts = []
-    ended = []
-    complete = []
-    for y in responses:
-        counts.append([len(tokens) for tokens in y])
-        ended.append([tokens[-1] in stop for tokens in y])
-        complete.append([end_response(tokens, stop, end) for tokens in y])
-    scored_rows = make_rows(prompts.ids, complete)
-    scores = compute_rewards(models.reward_model, scored_rows, args.micro_batch_tokens)
-
-    device = models.policy.device
-    scores = scores.to(device)
-    counts = torch.tensor(counts, device=device)
-    ended = torch.tensor(ended, device=device)
-    mask = torch.arange(args.max_new_tokens, device=device) < counts[..., None]
-
-    means = {"score": scores.mean(), "kl": (logp - reference_logp).sum(-1).mean(),
-             "ended": ended.float().mean(), "length": counts.float().mean(),
-             "perplexity": (-reference_logp.sum() / mask.sum()).exp()}
-    if scores.size(1) > 1:
-        means["score_std"] = scores.std(1).mean()
-    means = {key: value.item() for key, value in means.items()}
-    if models.gold:
-        means["gold"] = mean_gold(prompts, responses, models, args)
-    return Rollout(rows, scores, ended, mask, logp, reference_logp, means)
-
-
 def mean_gold(prompts, responses, models, args):
     """The mean true reward of all responses. Stops with an error if `gold` raises one."""
     try:
@@ -553,6 +513,48 @@ def mean_gold(prompts, responses, models, args):
         return np.mean(values)
     except Exception as error:  # gold is the user's code
         fatal(f"--gold {args.gold}: {error!r}")
+
+
+def score_rollouts(prompts, responses, models, args):
+    """Prompts and the token ids (N, k, tokens) of responses -> Rollout.
+
+    Its means: score, score_std within a prompt, gold, ended, length in tokens. At --temperature: kl
+    to the reference in nats per response, and perplexity under the reference."""
+    device = models.policy.device
+
+    # log-probabilities (N, k, L)
+    rows = make_rows(prompts.ids, responses)
+    logp = read_all(read_logp, models.policy, rows, args)
+    reference_logp = read_all(read_logp, models.reference, rows, args)
+
+    # how long each response is, whether it ends, and how the reward model reads it
+    stop = models.policy.stop_tokens()
+    end = end_ids(models.reward_tokenizer, prompts.is_chat)
+    counts = []
+    ended = []
+    complete = []
+    for y in responses:
+        counts.append([len(tokens) for tokens in y])
+        ended.append([tokens[-1] in stop for tokens in y])
+        complete.append([end_response(tokens, stop, end) for tokens in y])
+    counts = torch.tensor(counts, device=device)
+    ended = torch.tensor(ended, device=device)
+    mask = torch.arange(args.max_new_tokens, device=device) < counts[..., None]
+
+    # scores (N, k)
+    scored_rows = make_rows(prompts.ids, complete)
+    scores = compute_rewards(models.reward_model, scored_rows, args.micro_batch_tokens).to(device)
+
+    # averages for the log
+    means = {"score": scores.mean(), "kl": (logp - reference_logp).sum(-1).mean(),
+             "ended": ended.float().mean(), "length": counts.float().mean(),
+             "perplexity": (-reference_logp.sum() / mask.sum()).exp()}
+    if scores.size(1) > 1:
+        means["score_std"] = scores.std(1).mean()
+    means = {key: value.item() for key, value in means.items()}
+    if models.gold:
+        means["gold"] = mean_gold(prompts, responses, models, args)
+    return Rollout(rows, scores, ended, mask, logp, reference_logp, means)
 
 
 def evaluate(models, sets, args, step):
@@ -592,25 +594,15 @@ if __name__ == "__main__":
         for name, source in args.eval_data:
             sets[name] = load_prompts(source, "test", tokenizer, args, args.eval_prompts)
 
-        # reward model, critic and reference
+        # tokenizers: the reward model must read the ids that the policy writes
         reward_tokenizer = load_tokenizer(args.reward_model)
         different = compare_tokenizers(tokenizer, reward_tokenizer, prompts.is_chat)
         if different:
             fatal(f"--reward-model {args.reward_model} and --model {args.model} must have the same "
                   f"tokenizer, but theirs differ in: {', '.join(different)}")
-        critic = load_reward_model(
-            args.reward_model, reward_tokenizer, device, args, "--reward-model")
-        reward_model = load_reward_model(
-            args.reward_model, reward_tokenizer, device, args, "--reward-model")
         args.reference = args.reference or args.model
         if "vocabulary" in compare_tokenizers(tokenizer, load_tokenizer(args.reference), False):
             fatal(f"--reference {args.reference} has another vocabulary than --model {args.model}")
-        reference = load_policy(args.reference, tokenizer, device, args, "--reference")
-        reward_model.requires_grad_(False)
-        reference.requires_grad_(False)
-        models = Models(policy, reference, reward_model, tokenizer, reward_tokenizer, gold)
-        # policy and critic read the same batches, so both must be able to share prompts
-        policy.share = critic.share = policy.share and critic.share
 
         # The tokenizer to save with the policy. load_tokenizer may have added a pad token, but the
         # policy's embedding may have no row for it. Then EOS is the pad token.
@@ -618,6 +610,18 @@ if __name__ == "__main__":
         num_rows = policy.hf_model.get_input_embeddings().num_embeddings
         if policy_tokenizer.pad_token_id not in range(num_rows):
             policy_tokenizer.pad_token = policy_tokenizer.eos_token
+
+        # critic, reward model and reference
+        critic = load_reward_model(
+            args.reward_model, reward_tokenizer, device, args, "--reward-model")
+        reward_model = load_reward_model(
+            args.reward_model, reward_tokenizer, device, args, "--reward-model")
+        reference = load_policy(args.reference, tokenizer, device, args, "--reference")
+        reward_model.requires_grad_(False)
+        reference.requires_grad_(False)
+        models = Models(policy, reference, reward_model, tokenizer, reward_tokenizer, gold)
+        # policy and critic read the same batches: they share prompts if both can
+        policy.share = critic.share = policy.share and critic.share
 
         # UNSTATED: AdamW's settings and the schedule. Here they are those of the authors' PPO.
         trained = nn.ModuleDict({"policy": policy, "critic": critic})
@@ -653,7 +657,7 @@ if __name__ == "__main__":
         responses = sample_responses(policy, batch_prompts.ids, args.num_responses, seed, args)
         rollout_seconds = time.time() - began
 
-        # scores of whole responses (N, k)
+        # scores of whole responses (N, k), rescaled, with a penalty where a response does not end
         rollout = score_rollouts(batch_prompts, responses, models, args)
         scores = rescale(
             rollout.scores, trained.score_sums, args.reward_scaling, args.reward_clip)
