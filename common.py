@@ -172,11 +172,12 @@ def join_messages(prompt, messages):
     """Two lists of messages -> one conversation, in which turns that both contain stand once."""
     known = [(x["role"], str(x["content"]).strip()) for x in prompt]
     turns = [(x["role"], str(x["content"]).strip()) for x in messages]
-    if known and known[-1] in turns:
-        n = turns.index(known[-1]) + 1  # where the prompt ends in the messages
-        if turns[:n] == known[-n:]:
+    for n in range(min(len(known), len(turns)), 0, -1):
+        if turns[:n] == known[-n:]:  # the messages begin with the last n turns of the prompt
             return prompt + messages[n:]
-        return messages  # they have the whole prompt, and more before it
+    for start in range(len(turns)):
+        if known and turns[start : start + len(known)] == known:  # and here they have all of them
+            return messages
     return prompt + messages
 
 
@@ -222,7 +223,7 @@ def read_row(row):
         if not chosen or not rejected:
             return prompt, ["", ""]
         is_transcript = "\n\nAssistant:" in chosen
-        if row.get("prompt", "") is None and isinstance(chosen, str) and not is_transcript:
+        if "prompt" in row and not prompt and isinstance(chosen, str) and not is_transcript:
             return "", [chosen, rejected]
         if isinstance(chosen, list) and isinstance(chosen[0], dict):
             return read_conversations(prompt, chosen, rejected)
@@ -266,15 +267,6 @@ def without_padding(ids, tokenizer):
     return ids
 
 
-def end_ids(tokenizer, is_chat):
-    """The ids after the words of a response: EOS or, in conversations, the end of the template."""
-    if not is_chat:
-        return without_padding([tokenizer.eos_token_id], tokenizer)
-    messages = [{"role": "user", "content": "prompt"}, {"role": "assistant", "content": "response"}]
-    end = render(messages, tokenizer).rpartition("response")[2]
-    return without_padding(to_ids(end, tokenizer, is_chat), tokenizer)
-
-
 def common_prefix_length(rows):
     """How many token ids are the same at the beginning of all rows."""
     length = 0
@@ -283,6 +275,18 @@ def common_prefix_length(rows):
             break
         length += 1
     return length
+
+
+def end_ids(tokenizer, is_chat):
+    """The ids after the words of a response: EOS or, in conversations, the end of the template."""
+    if not is_chat:
+        return without_padding([tokenizer.eos_token_id], tokenizer)
+    backwards = []
+    for word in ("apple", "dog"):  # what two conversations with different answers end in
+        messages = [{"role": "user", "content": "name"}, {"role": "assistant", "content": word}]
+        ids = to_ids(render(messages, tokenizer), tokenizer, is_chat)
+        backwards.append(without_padding(ids, tokenizer)[::-1])
+    return backwards[0][: common_prefix_length(backwards)][::-1]
 
 
 def encode(prompt, responses, tokenizer, max_length):
@@ -615,9 +619,12 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
 
 
 def decoder_layers(model):
-    """The decoder layers of a RewardModel or Policy: transformers' `_no_split_modules`."""
-    names = model.hf_model._no_split_modules or ()
-    return [x for x in model.modules() if type(x).__name__.removeprefix("FSDP") in names]  # FSDP renames their class
+    """The decoder layers of a RewardModel or Policy: its first list of `num_hidden_layers`."""
+    count = model.hf_model.config.get_text_config().num_hidden_layers
+    for module in model.hf_model.get_decoder().modules():  # of text, without a vision tower
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise ValueError(f"{type(model.hf_model).__name__} has no list of {count} decoder layers")
 
 
 def prepare(model, args):
@@ -635,6 +642,8 @@ def prepare(model, args):
     if not args.offload:  # with it FSDP keeps weights on the host, and buffers on the device
         model.to(model.device)
     model.share = can_share_prompts(model, args.max_length)
+    if not model.share:
+        print0("this model cannot share prompts: each response gets its own row, which is slower")
     return model.train()
 
 
@@ -658,23 +667,48 @@ def shard(model, offload):
 
 @torch.no_grad()
 def can_share_prompts(model, max_length):
-    """Whether two responses behind one prompt get the features of separate rows; not with ALiBi or recurrent layers."""
-    features, size = [], (3, max(1, max_length // 2))
-    prompt, *responses = np.random.default_rng(0).integers(model.hf_model.config.get_text_config().vocab_size, size=size)
-    data = datasets.Dataset.from_dict({"prompt_ids": [prompt], "response_ids": [responses]})
+    """Whether every response in a shared row gets the features that it has in a row of its own.
+
+    Tried on a prompt of one token, long responses that fill at least 512 columns, and behind them
+    two short ones. Recurrent layers and ALiBi fail, and so do windows that count columns or hold
+    fewer than `max_length` tokens. An error in separate rows is raised."""
+    vocab_size = model.hf_model.config.get_text_config().vocab_size
+    random = np.random.default_rng(0)
+    length = max(1, max_length - 1)
+    size = (1 + 512 // length, length)
+    prompt = random.integers(vocab_size, size=1)
+    long = random.integers(vocab_size, size=size)
+    other_long = random.integers(vocab_size, size=size)
+    short = [random.integers(vocab_size, size=n) for n in (min(2, length), 1)]
+
+    def features_of(responses, share):
+        """-> features (k, hidden) of the responses behind the prompt."""
+        columns = {"prompt_ids": [prompt], "response_ids": [responses]}
+        model.share = share
+        batch = collate(datasets.Dataset.from_dict(columns), [0], model.device, share)
+        return model(batch, with_features=True)[1][0]
+
+    def difference(a, b):
+        """The largest relative difference between the features (k, hidden) of a response."""
+        distance = (a - b).norm(dim=-1)
+        return (distance / b.norm(dim=-1)).max()
+
+    separate = features_of([*long, *short], share=False)
     try:
-        for model.share in (False, True):
-            features.append(model(collate(data, [0], model.device, model.share), with_features=True)[1])
-        error = (features[1] - features[0]).norm() / features[0].norm()  # rounding: 1e-6, in bf16 0.01; else about 1
+        shared = features_of([*long, *short], share=True)
+        changed = features_of([*other_long, *short], share=True)
     except Exception as exception:
-        error = math.inf
         print0(f"shared prompts fail: {exception!r}")
         if isinstance(model, FSDPModule):
             model.reset_iter_state()  # or some weights would stay gathered
-    if error < (1e-3 if model.dtype == torch.float32 else 0.05):
-        return True
-    print0("this model cannot share prompts: each response gets a row of its own, which is slower")
-    return False
+        return False
+
+    # The two layouts round differently, by 1e-6, in bf16 by 0.1. A wrong one differs by about 1.
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.2
+    same = difference(shared, separate) < tolerance
+    # Other long responses must change nothing: there is no rounding here, so weak leaks show too.
+    leak = difference(changed[-2:], shared[-2:]) > 1e-4
+    return bool(same and not leak)
 
 
 def clip_gradients(model, max_norm):

@@ -59,7 +59,7 @@ def find_verdict(mean, half, p, threshold):
     """Mean, half-width of the corrected interval, corrected p -> one of the four verdicts."""
     if p < 0.05 and mean > 0:
         return "confirmed"
-    if p < 0.05 and mean < -threshold:
+    if p < 0.05 and mean < 0:
         return "opposite"
     if abs(mean) + half < threshold:
         return "no effect"

@@ -102,7 +102,7 @@ def test_verdicts_by_hand():
     judged = tables.judge(claims)
     assert [x["p"] for x in judged] == pytest.approx([0.03, 0.04, 0.4, 0.4, 0.004, 0.0001])
     assert [x["verdict"] for x in judged] == [
-        "confirmed", "confirmed", "undecided", "no effect", "opposite", "no effect"]
+        "confirmed", "confirmed", "undecided", "no effect", "opposite", "opposite"]
 
 
 def test_the_pages_show_the_results():

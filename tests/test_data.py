@@ -83,6 +83,7 @@ def test_read_row():
     ([SYSTEM], [USER], [SYSTEM, USER]),
     (EARLIER, [USER], [*EARLIER, USER]),
     ([USER, EARLIER[1]], [USER], [USER, EARLIER[1], USER]),  # the same question is asked again
+    ([USER, EARLIER[1], USER], [USER, EARLIER[1], USER], [USER, EARLIER[1], USER]),  # the same, repeated whole
 ])
 def test_turns_that_prompt_and_responses_share_stand_once(prompt, repeated, whole):
     row = {"prompt": prompt, "chosen": [*repeated, GOOD], "rejected": [*repeated, BAD]}
@@ -115,7 +116,9 @@ def test_unusable_rows_are_dropped_and_counted(tokenizer, capsys):
     line = capsys.readouterr().out
     for count in ("2 with equal responses", "2 empty", "1 with different prompts", "1 too long"):
         assert count in line
-    for row in ({"prompt": None, "chosen": " dog", "rejected": " fig"}, {"prompt": TEXT, "responses": []},
+    empty = ({"prompt": None, "chosen": " dog", "rejected": " fig"}, {"prompt": "", "chosen": " dog", "rejected": " fig"},
+             {"prompt": TEXT, "responses": []})
+    for row in (*empty,
                 {"prompt": TEXT, "responses": [" fig"]}, {"chosen": None, "rejected": [USER, GOOD]}, *bad):
         with pytest.raises(SystemExit, match="^error: x.jsonl: no row"):
             tokenize([row], tokenizer)
