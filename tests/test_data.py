@@ -116,9 +116,8 @@ def test_unusable_rows_are_dropped_and_counted(tokenizer, capsys):
     line = capsys.readouterr().out
     for count in ("2 with equal responses", "2 empty", "1 with different prompts", "1 too long"):
         assert count in line
-    empty = ({"prompt": None, "chosen": " dog", "rejected": " fig"}, {"prompt": "", "chosen": " dog", "rejected": " fig"},
-             {"prompt": TEXT, "responses": []})
-    for row in (*empty,
+    pair = {"chosen": " dog", "rejected": " fig"}
+    for row in ({"prompt": None, **pair}, {"prompt": "", **pair}, {"prompt": TEXT, "responses": []},
                 {"prompt": TEXT, "responses": [" fig"]}, {"chosen": None, "rejected": [USER, GOOD]}, *bad):
         with pytest.raises(SystemExit, match="^error: x.jsonl: no row"):
             tokenize([row], tokenizer)

@@ -162,7 +162,8 @@ def test_tied_embeddings(script, llama):
         assert [path.name for path in RUN.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
-@pytest.mark.parametrize("model", [None, "docs/toy/model", "docs/toy/model/", "./docs/toy/model", ROOT / "docs/toy/model"])
+@pytest.mark.parametrize("model", [
+    None, "docs/toy/model", "docs/toy/model/", "./docs/toy/model", ROOT / "docs/toy/model"])
 def test_the_toy_world_is_the_default(model, monkeypatch):
     """Wherever one stands, and however its model is spelled; the flags that are given win."""
     monkeypatch.chdir(ROOT if model else "/")
