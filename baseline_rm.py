@@ -13,8 +13,9 @@ by maximum likelihood (Eq. 2):
     torchrun baseline_rm.py                                    a toy world, 20 seconds on a CPU
     torchrun --nproc_per_node 8 baseline_rm.py --model meta-llama/Llama-2-7b-hf
 
-The second command is the paper's setting. Watch eval/<set>/accuracy. Human annotators agree with
-each other on 60 to 75 % of the pairs, and a good reward model agrees with them about as often.
+The second command has the paper's settings but for the split. Watch eval/<set>/accuracy. Human
+annotators agree with each other on 60 to 75 % of the pairs, and a good reward model agrees with
+them about as often.
 """
 
 import argparse

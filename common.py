@@ -169,7 +169,7 @@ def transcript(turns):
 
 
 def join_messages(prompt, messages):
-    """Two lists of messages -> one conversation, in which turns that both contain stand once."""
+    """Two lists of messages -> one conversation, without repeating turns that are in both."""
     known = [(x["role"], str(x["content"]).strip()) for x in prompt]
     turns = [(x["role"], str(x["content"]).strip()) for x in messages]
     for n in range(min(len(known), len(turns)), 0, -1):
@@ -213,7 +213,7 @@ def read_texts(prompt, chosen, rejected):
 def read_row(row):
     """A raw row in any known form -> prompt and responses, all texts or all lists of messages.
 
-    The prompt is None if chosen and rejected answer different ones. What is null becomes "".
+    The prompt is None if chosen and rejected answer different ones. Null values become "".
     Raises ValueError if the row has no known form."""
     prompt = row.get("prompt") or ""
     try:
@@ -261,7 +261,7 @@ def to_ids(text, tokenizer, is_chat):
 
 
 def without_padding(ids, tokenizer):
-    """Token ids without padding at the end, where transformers' classifiers do not look."""
+    """Token ids without padding at the end, which transformers' classifiers ignore."""
     while ids and ids[-1] == tokenizer.pad_token_id:
         ids = ids[:-1]
     return ids

@@ -6,7 +6,7 @@ and Alleviating Shifted Distribution in Human Preference Alignment through Meta-
 
 As PPO shifts the policy, the reward model sees responses y_1 ... y_k unlike those it was trained
 on, and tells them apart less well. J measures, without labels, how far apart their rewards are
-(Eq. 11). It ranges from (k - 1) / 2k, where all are equal, to (k - 1) / k:
+(Eq. 11). It ranges from (k - 1) / (2k), where all are equal, to (k - 1) / k:
 
     J(theta) = 2 / k^2  sum_{i<j} sigmoid( |r(x, y_i) - r(x, y_j)| )      mean over a meta batch
 
@@ -44,10 +44,11 @@ In a training loop of your own, once per optimizer step and before any gradient 
             p.copy_(old)
     ...                                                             # the usual clipping and step
 
-In a TRL callback, ascend in on_step_begin and restore in on_pre_optimizer_step. Under DDP, sum
-p.grad over the ranks before the ascent. It does not work with ZeRO or FSDP1, which keep flattened
-weights. Keep the weights in fp32, since bf16 rounds a small ascent away. eta depends on the size of
-the head's weights: here they have a standard deviation of 1/sqrt(hidden + 1), in transformers 0.02.
+In a TRL callback, ascend in on_step_begin and restore in on_pre_optimizer_step. Under DDP, average
+p.grad over the ranks first, unless the forward pass went through the DDP wrapper. It does not work
+with ZeRO or FSDP1, which keep flattened weights. Keep the weights in fp32, since bf16 rounds a
+small ascent away. eta depends on the size of the head's weights: here they have a standard
+deviation of 1/sqrt(hidden + 1), in transformers 0.02.
 """
 
 import argparse
@@ -86,7 +87,7 @@ def parse_args():
     add("--update", choices=["restore", "alternate"], default="restore",
         help="apply the gradient of the loss to theta or to theta'")
     add("--meta-data", default="runs/ppo_loop/samples.jsonl",
-        help="rows of a prompt and k responses of the policy; a tenth is held out")
+        help="rows of a prompt and k responses of the policy; the last tenth is held out")
     add("--meta-batch-size", type=in_range(int, 1), default=16,
         help="prompts of the meta set per optimizer step, over all ranks")
 
