@@ -79,7 +79,7 @@ def parse_args():
     add("--label-smoothing", type=in_range(float, 0, 0.5), default=0.0,
         help="A; the paper: probably 0.2")
     add("--smooth-on", choices=["all", "negative"], default="all",
-        help="smooth all pairs, or those of negative strength")
+        help="smooth all pairs, or those of negative strength after --flip")
     add("--margin", action="store_true",
         help="subtract the strength from the difference of the rewards")
 
