@@ -1,6 +1,5 @@
 """What the runs of docs/claims say: the numbers of a run, and their means over the seeds."""
 
-import functools
 import json
 import math
 from typing import NamedTuple
@@ -83,12 +82,11 @@ def measure_eval(records, run):
     return numbers
 
 
-@functools.cache
 def read_run(folder, run):
     """The numbers of a run of a seed, by name: the last record of its metrics.jsonl; with a prefix,
     the first one and means over several; and what vote_strength.py and eval.py found."""
     path = folder / run
-    numbers = {}
+    numbers = {"minutes": json.loads((path / "made.json").read_text())["minutes"]}
     records = read_lines(path / "metrics.jsonl")
     parts = {
         "": records[-1:],
@@ -101,9 +99,6 @@ def read_run(folder, run):
             values = [record[name] for record in part if name in record]
             numbers[prefix + name] = np.mean(values)
 
-    if (path / "made.json").exists():
-        made = json.loads((path / "made.json").read_text())
-        numbers["minutes"] = made["seconds"] / 60
     if (path / "train.jsonl").exists():
         numbers.update(measure_votes(read_lines(path / "train.jsonl")))
     for file in folder.glob("*/eval.json"):
@@ -111,14 +106,35 @@ def read_run(folder, run):
     return numbers
 
 
-def read_values(folders, runs, key):
-    """A number over the seeds (S,), NaN where it is missing. Several runs are averaged."""
+def read_numbers(experiment, folders, old):
+    """-> {run: {key: {seed: number}}} of the keys that the experiment uses; `old`, the same of an
+    earlier measurement, where a folder lacks the run."""
+    keys = {"minutes", *experiment.COLUMNS.values()}
+    for claim in experiment.CLAIMS:
+        keys.update([claim.key, claim.smaller_key or claim.key])
+    numbers = {}
+    for run in experiment.RUNS:
+        numbers[run] = {key: dict(by_seed) for key, by_seed in old.get(run, {}).items()}
+        for folder in folders:
+            if not (folder / run / "made.json").exists():
+                continue
+            found = read_run(folder, run)
+            for key in sorted(keys & found.keys()):
+                if math.isfinite(found[key]):
+                    by_seed = numbers[run].setdefault(key, {})
+                    by_seed[folder.name] = float(f"{found[key]:.6g}")
+    return {run: by_key for run, by_key in numbers.items() if by_key}
+
+
+def read_values(numbers, runs, key):
+    """A number by seed (S,), NaN where it is missing. Several runs are averaged."""
+    seeds = sorted({seed for run in numbers.values() for seed in run["minutes"]}, key=int)
     if isinstance(runs, float):
-        return np.full(len(folders), runs)
+        return np.full(len(seeds), runs)
     values = []
     for run in [runs] if isinstance(runs, str) else runs:
-        numbers = [read_run(folder, run) for folder in folders]
-        values.append([x.get(key, math.nan) for x in numbers])
+        by_seed = numbers.get(run, {}).get(key, {})
+        values.append([by_seed.get(seed, math.nan) for seed in seeds])
     return np.mean(values, axis=0)
 
 
@@ -151,12 +167,12 @@ def find_threshold(claim, smaller):
     return 0.005 if is_share(claim.key) else round(0.05 * abs(float(np.nanmean(smaller))), 6)
 
 
-def measure_claims(claims, folders):
+def measure_claims(claims, numbers):
     """-> a record for each claim whose runs are there for two seeds or more; see docs/tables.py."""
     records = []
     for claim in claims:
-        larger = read_values(folders, claim.larger, claim.key)
-        smaller = read_values(folders, claim.smaller, claim.smaller_key or claim.key)
+        larger = read_values(numbers, claim.larger, claim.key)
+        smaller = read_values(numbers, claim.smaller, claim.smaller_key or claim.key)
         summary = summarise(larger - smaller + claim.plus)
         if summary:
             records.append({
@@ -166,18 +182,18 @@ def measure_claims(claims, folders):
     return records
 
 
-def measure_runs(experiment, folders):
+def measure_runs(experiment, numbers):
     """-> {run: {name of a column: summary}}. Accuracies are gains over the run's base, if any."""
     runs = {}
-    for run in experiment.RUNS:
+    for run in numbers:
         base = experiment.BASES.get(run)
         runs[run] = {}
         for name, key in experiment.COLUMNS.items():
-            values = read_values(folders, run, key)
+            values = read_values(numbers, run, key)
             is_gain = "accuracy" in key and base not in (None, run)
             if is_gain:
-                values = values - read_values(folders, base, key)
+                values = values - read_values(numbers, base, key)
             summary = summarise(values)
             if summary:
                 runs[run][name] = {**summary, "percent": is_share(key), "signed": is_gain}
-    return {run: numbers for run, numbers in runs.items() if numbers}
+    return {run: columns for run, columns in runs.items() if columns}

@@ -149,7 +149,7 @@ def show_claim(results, text):
 
 
 def show_hours(results, _):
-    return "; ".join(f"{hours:.1f} hours ({code})" for code, hours in results["hours"].items())
+    return f"{results['hours']:.1f} hours ({'; '.join(results['code'])})"
 
 
 SHOW = {"table": show_table, "number": show_number, "claim": show_claim, "hours": show_hours}

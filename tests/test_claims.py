@@ -23,7 +23,7 @@ def load(name, monkeypatch):
     experiment = importlib.import_module(name)
     if name != "real":
         return experiment
-    command = "real.py trial --model m --train a.jsonl --test b.jsonl --judge-data c.jsonl --gold"
+    command = "real.py trial --model m --train a.jsonl --test b.jsonl --gold"
     monkeypatch.setattr("sys.argv", [*command.split(), "--ood", "other=d.jsonl"])
     args = experiment.parse_args()
     return types.SimpleNamespace(
@@ -117,7 +117,7 @@ def test_a_changed_digit_is_rendered_again(monkeypatch, tmp_path):
     entry = {"mean": 0.871, "half": 0.0123, "p": 0.1, "n": 5, "percent": True, "signed": False}
     loss = {**entry, "percent": False, "n": 4}
     results = {
-        "seeds": 5, "hours": {"commit abc": 1.5},
+        "seeds": 5, "hours": 1.5, "code": ["commit abc"],
         "runs": {"S3-1": {"test, %": entry, "loss": loss}},
         "claims": [claim("Fig. 1", 0.02, 0.012, 0.01)]}
     (tmp_path / "trial.json").write_text(json.dumps(results))

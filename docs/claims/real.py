@@ -5,8 +5,7 @@
         --flags ' --lr 5e-5 --max-length 96 --batch-size 16 --dtype bfloat16'
 
 $seed in a file's name is the number of the seed. With --gold, the wrong labels are counted that the
-votes find and that each method repeats. With --judge-data there is PPO: a reward model trained on
-that file, a proxy for gold, compares the policies.
+votes find and that each method repeats.
 """
 
 import argparse
@@ -27,13 +26,6 @@ for eta in ("1e-3", "1e-2", "1e-1"):
 TENTHS = {
     "tenth-0": "--percentiles 0 10", "tenth-50": "--percentiles 50 60",
     "tenth-90": "--percentiles 90 100", "tenth-0-flipped": "--percentiles 0 10 --flip 1"}
-POLICIES = {  # KL penalty and reward model
-    "free-baseline": (0, "baseline-1"), "free-S3": (0, "S3-1"), "free-simcse": (0, "simcse"),
-    "held-baseline": (0.05, "baseline-1"), "held-S3": (0.05, "S3-1"),
-    "held-simcse": (0.05, "simcse"), "held-meta": (0.05, "restore-1e-2")}
-DUELS = {  # a policy: those that are compared with it
-    "sft": list(POLICIES), "free-baseline": ["free-S3", "free-simcse"],
-    "held-baseline": ["held-S3", "held-simcse", "held-meta"]}
 TEST = "eval/test/accuracy"
 WRONG = "eval/wrong/accuracy"
 
@@ -49,7 +41,6 @@ def parse_args():
     add("--test", required=True, help="comparisons in distribution")
     add("--gold", action="store_true", help="the column gold of --train is 0 for wrong labels")
     add("--ood", nargs="*", default=[], metavar="NAME=SOURCE", help="others out of distribution")
-    add("--judge-data", help="comparisons to train the judge of the policies on")
     add("--output-dir", help="default: runs/<name>")
     add("--seeds", type=int, default=5, help="2 or more")
     add("--jobs", type=int, default=1, help="processes; 0: only measure")
@@ -57,7 +48,7 @@ def parse_args():
     add("--members", type=int, default=10, help="voters")
     add("--fraction", type=float, default=0.1, help="of the pairs, to flip or drop")
     add("--flags", default="", help="of all training scripts")
-    add("--ppo-flags", default="--iterations 100 --max-new-tokens 128 --lr 5e-6 --critic-lr 1.5e-5")
+    add("--ppo-flags", default="--max-new-tokens 128", help="of ppo_loop.py, which samples")
     return parser.parse_args()
 
 
@@ -96,27 +87,12 @@ def make_runs(args):
     runs["features"] = f"eval.py --eval-data test={args.test} --reward-models {models}"
 
     # MetaRM with the model's own samples; in float32, because bfloat16 rounds small steps away
-    sample = f"ppo_loop.py {args.ppo_flags} --iterations 0 --num-samples 200 --seed $seed"
-    runs["samples"] = f"{sample} --k 2 --data {args.train} --model {args.model}"
+    runs["samples"] = (
+        f"ppo_loop.py --model {args.model} --data {args.train} --iterations 0 --num-samples 200 "
+        f"--k 2 --seed $seed {args.ppo_flags}")
     for name, flags in META.items():
         runs[name] = (
             f"meta_rm.py {train} --meta-data $dir/samples/samples.jsonl {flags} --dtype float32")
-    if not args.judge_data:
-        return runs
-
-    # policies, and the judge
-    runs["judge"] = f"baseline_rm.py {train} --data {args.judge_data} --seed 1000"
-    sample += f" --k 1 --data {args.test} --model"
-    runs["sft"] = f"{sample} {args.model}"
-    for name, (kl_coef, reward_model) in POLICIES.items():
-        runs[f"ppo-{name}"] = (
-            f"ppo_loop.py --model {args.model} {args.ppo_flags} --kl-coef {kl_coef} --seed $seed "
-            f"--reward-model $dir/{reward_model}/model --data {args.train} --num-samples 0 "
-            f"--eval-data test={args.test}")
-        runs[name] = f"{sample} $dir/ppo-{name}/policy"
-    for first, others in DUELS.items():
-        files = " ".join(f"{x}=$dir/{x}/samples.jsonl" for x in (first, *others))
-        runs[f"against-{first}"] = f"eval.py --judge $dir/judge/model --policies {files}"
     return runs
 
 
@@ -125,7 +101,7 @@ def make_columns(args):
     columns = {
         "test, %": TEST, "loss on test": "eval/test/loss", "wrong labels repeated, %": WRONG,
         "overlap": "test/overlap", "ascent": "mean/train/shift", "update": "mean/train/update",
-        "difference": "eval/meta/difference", "KL": "eval/test/kl", "minutes": "minutes"}
+        "difference": "eval/meta/difference", "minutes": "minutes"}
     for name in sets_of(args):
         columns[f"{name}, %"] = f"eval/{name}/accuracy"
     for name, key in denoising.COLUMNS.items():
@@ -179,11 +155,6 @@ def make_claims(args):
         for place in sets_of(args):
             text = f"{name} helps on {place}"
             claims.append(Claim("MetaRM, ood", text, f"eval/{place}/accuracy", name, "meta-0"))
-    for against, others in DUELS.items():
-        for name in others:
-            text = f"{name} wins against {against}"
-            claims.append(Claim(
-                "policies", text, f"net wins over {against}", name, 0.0, threshold=0.02))
     return claims
 
 
@@ -200,7 +171,7 @@ if __name__ == "__main__":
             (folder / "wrong.jsonl").write_text("".join(wrong))
     runs = make_runs(args)
     if args.jobs:
-        run_missing(runs, args.runs, folders, {}, args.jobs)
+        run_missing(args, args.name, runs, folders, {})
     experiment = types.SimpleNamespace(
         RUNS=runs, COLUMNS=make_columns(args), CLAIMS=make_claims(args), BASES=make_bases(args))
     save_results(args.name, experiment, folders, args.about)

@@ -6,8 +6,9 @@
 
 A run is a command line of one of the scripts. It is done once for each seed, in
 runs/claims/<seed>/<run>; finished runs are skipped. A seed has its own comparisons, meta set,
-reward heads, data order and samples, but the SFT model is shared. The numbers are written to
-docs/claims/results/<experiment>.json. Experiments on real text: real.py.
+reward heads, data order and samples, but the SFT model is shared. What each run of each seed gave
+is in docs/claims/results/<experiment>.json, and a seed with all its runs there is not run again,
+so an experiment can go on elsewhere with this file alone. Experiments on real text: real.py.
 
 To add the claim that label smoothing beats the baseline after one epoch, write in denoising.py:
 
@@ -33,26 +34,27 @@ number that it is compared with, or what the claim says.
 
 import argparse
 import importlib
-import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
+import runpy
 import string
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+import common  # noqa: E402, F401  imported once: a run is a fork of this process
 import world  # noqa: E402
-from measure import measure_claims, measure_runs  # noqa: E402
+from measure import measure_claims, measure_runs, read_numbers  # noqa: E402
 from tables import RESULTS, read_results, show_table  # noqa: E402
 
 
@@ -62,59 +64,82 @@ def describe_code():
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():
         processor = torch.cuda.get_device_name()
-    return {
-        "commit": commit, "torch": torch.__version__, "transformers": transformers.__version__,
-        "processor": processor, "date": time.strftime("%F")}
+    return (f"commit {commit}, torch {torch.__version__}, transformers "
+            f"{transformers.__version__}, processor {processor}")
+
+
+def run_script(words, log):
+    """A script with its flags, as if started from a shell. What it prints goes to a file."""
+    began = time.time()
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+    made = {"code": describe_code(), "minutes": (time.time() - began) / 60}
+    Path(words[-1], "made.json").write_text(json.dumps(made))
 
 
 def run_once(name, command, folder, values):
-    """One run of one seed. Its folder has made.json when it has finished."""
+    """One run of one seed, in a process of its own. Its folder has made.json when it is finished."""
     path = folder / name
     if (path / "made.json").exists():
         return
     words = [string.Template(word).substitute(values) for word in command.split()]
-    words = [sys.executable, *words, "--output-dir", path]
-    began = time.time()
-    with open(f"{path}.log", "w") as log:
-        process = subprocess.run(words, cwd=ROOT, stdout=log, stderr=log)
-    if process.returncode:
+    words = [*words, "--output-dir", str(path)]
+    process = multiprocessing.get_context("fork").Process(
+        target=run_script, args=(words, f"{path}.log"))
+    process.start()
+    process.join()
+    if process.exitcode:
         raise SystemExit(f"error: run {name} failed, see {path}.log")
-    seconds = round(time.time() - began)
-    (path / "made.json").write_text(json.dumps({**describe_code(), "seconds": seconds}))
+    print(f"{time.strftime('%H:%M')} {path}", flush=True)
 
 
-def run_missing(runs, pattern, folders, values, jobs):
-    """Do the missing runs whose names match a regular expression: seeds in parallel, the runs of a
-    seed in order, because they need each other. In a command, $dir is the folder of the seed, $seed
-    its number and $voter the seed of its first voter."""
-    chosen = [name for name in runs if re.fullmatch(pattern, name)]
-    bar = tqdm(total=len(chosen) * len(folders), desc="runs")
+def run_seed(runs, folder, values, flips=()):
+    """The missing runs of a seed, one after the other, because they need each other. In a command,
+    $dir is the folder of the seed, $seed its number and $voter the seed of its first voter."""
+    os.chdir(ROOT)
+    seed = int(folder.name)
+    for flip in flips:
+        world.make_world(folder / f"toy-{flip}", seed, flip)
+    for name, command in runs.items():
+        run_once(name, command, folder, {"dir": folder, "seed": seed, "voter": 10 * seed, **values})
+
+
+def read_old(name):
+    """-> the results file of an experiment, if there is one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"seeds": 0, "code": [], "numbers": {}}
+
+
+def run_missing(args, name, runs, folders, values, flips=()):
+    """Do the runs whose names match --runs for the seeds that lack some in the results file."""
+    numbers = read_old(name)["numbers"]
+    chosen = {run: command for run, command in runs.items() if re.fullmatch(args.runs, run)}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-    def run_seed(folder):
-        seed = int(folder.name)
-        here = {"dir": folder, "seed": seed, "voter": 10 * seed, **values}
-        for name in chosen:
-            run_once(name, runs[name], folder, here)
-            bar.update()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run_seed, folders))
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+        futures = []
+        for folder in folders:
+            minutes = [numbers.get(run, {}).get("minutes", {}) for run in chosen]
+            if not all(folder.name in x for x in minutes):
+                futures.append(pool.submit(run_seed, chosen, folder, values, flips))
+    for future in futures:
+        future.result()
 
 
 def save_results(name, experiment, folders, about):
     """Measure what has been run, write docs/claims/results/<name>.json and print the verdicts."""
-    hours = {}  # by which code
-    for folder in folders:
-        for path in sorted(folder.glob("*/made.json")):
-            record = json.loads(path.read_text())
-            seconds = record.pop("seconds")
-            code = ", ".join(f"{key} {value}" for key, value in record.items())
-            hours[code] = round(hours.get(code, 0) + seconds / 3600, 3)
+    old = read_old(name)
+    numbers = read_numbers(experiment, folders, old["numbers"])
+    made = [json.loads(x.read_text()) for folder in folders for x in folder.glob("*/made.json")]
+    minutes = [x for run in numbers.values() for x in run["minutes"].values()]
     results = {
-        "about": about, "seeds": len(folders), "hours": hours,
-        "runs": measure_runs(experiment, folders),
-        "claims": measure_claims(experiment.CLAIMS, folders)}
+        "about": about, "seeds": max(len(folders), old["seeds"]),
+        "hours": round(sum(minutes) / 60, 2),
+        "code": sorted({*old["code"], *(x["code"] for x in made)}),
+        "runs": measure_runs(experiment, numbers),
+        "claims": measure_claims(experiment.CLAIMS, numbers), "numbers": numbers}
     text = json.dumps(results, indent=1)
     for part in re.findall(r"{[^{}]*}", text):  # a line for each number
         text = text.replace(part, " ".join(part.split()))
@@ -132,9 +157,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     experiment = importlib.import_module(args.experiment)
-    folders = [Path(f"runs/claims/{seed}").resolve() for seed in range(args.seeds)]
+    folders = [ROOT / f"runs/claims/{seed}" for seed in range(args.seeds)]
     if args.jobs:
-        for folder, flip in itertools.product(folders, experiment.FLIPS):
-            world.make_world(folder / f"toy-{flip}", int(folder.name), flip)
-        run_missing(experiment.RUNS, args.runs, folders, {"model": world.MODEL}, args.jobs)
+        run_missing(args, args.experiment, experiment.RUNS, folders, {"model": world.MODEL}, experiment.FLIPS)
     save_results(args.experiment, experiment, folders, "toy world")
