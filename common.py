@@ -246,18 +246,22 @@ def render(messages, tokenizer, **kwargs):
 
 
 @functools.cache
-def adds_bos(tokenizer):
-    """Whether the tokenizer begins a text with BOS."""
-    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+def start_ids(tokenizer):
+    """The ids that the tokenizer begins a text with, such as BOS."""
+    ids = tokenizer("a").input_ids
+    first = tokenizer("a", add_special_tokens=False).input_ids[0]
+    return ids[: ids.index(first)]
 
 
 def to_ids(text, tokenizer, is_chat):
-    """A text -> token ids, with one BOS where the tokenizer or the chat template has one."""
+    """A text -> token ids. An EOS that the tokenizer adds is left out.
+
+    A chat template has written its own BOS. Other texts get it, unless they bring their own."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    if not is_chat and adds_bos(tokenizer) and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    return ids[1:] if ids[:2] == [bos, bos] else ids
+    start = start_ids(tokenizer)
+    if is_chat or ids[: len(start)] == start:
+        return ids
+    return start + ids
 
 
 def without_padding(ids, tokenizer):
@@ -475,8 +479,8 @@ def pad_rows(rows, value, device):
 def collate(data, index, device, share):
     """Rows `index` of a tokenised data set -> Batch. `share`: responses to a prompt share a row."""
     # a rank without rows computes row 0, because FSDP's ranks must do the same, and then drops it
-    is_empty = len(index) == 0
-    examples = data.select_columns(["prompt_ids", "response_ids"])[[0] if is_empty else index]
+    rows = index if len(index) else [0]
+    examples = data.select_columns(["prompt_ids", "response_ids"])[rows]
 
     input_ids = []
     segments = []
@@ -497,11 +501,8 @@ def collate(data, index, device, share):
             last.append(len(input_ids[-1]) - 1)
 
     k = len(examples["response_ids"][0])
-    row = torch.tensor(row, device=device).view(-1, k)
-    last = torch.tensor(last, device=device).view(-1, k)
-    if is_empty:
-        row = row[:0]
-        last = last[:0]
+    row = torch.tensor(row, device=device).view(-1, k)[: len(index)]
+    last = torch.tensor(last, device=device).view(-1, k)[: len(index)]
     return Batch(
         np.asarray(index, int), pad_rows(input_ids, 0, device), pad_rows(segments, -1, device),
         pad_rows(position_ids, 0, device), row, last)

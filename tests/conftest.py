@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,13 +10,16 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
 HOME = tempfile.TemporaryDirectory(prefix="rm-tests-")
-os.environ.update(HF_HOME=HOME.name, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+os.environ.update(
+    HF_HOME=HOME.name, HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
+    PYTHONIOENCODING="ascii")  # for new processes: a terminal without "±"
 sys.path[:0] = [str(ROOT), str(ROOT / "docs/toy")]
 
 import make as toy  # noqa: E402
 import pytest  # noqa: E402
 
 import common  # noqa: E402
+from launch import Launch  # noqa: E402
 
 sys.modules["toy"] = toy
 common.setup()
@@ -69,10 +71,7 @@ def script(llama, tmp_path, monkeypatch, capsys):
     return run
 
 
-def shell(model, script, *flags, ranks=0, cwd=None):
-    """Start a script as a user does, with `ranks` under torchrun -> the process."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    command = [sys.executable, *start, str(ROOT / script), *small(script, model), *map(str, flags)]
-    # a terminal without "±"
-    return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONIOENCODING": "ascii"})
+def launch(model, script, *flags, ranks=1):
+    """Start a script in processes of its own, in this folder -> Launch."""
+    words = [str(ROOT / script), *small(script, model), *map(str, flags)]
+    return Launch(words, ranks)

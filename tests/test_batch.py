@@ -152,15 +152,15 @@ def test_rewards_that_are_not_finite_are_refused(tmp_path, tokenizer):
 
 
 def test_head_and_dropout(llama, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(common, "can_share_prompts", lambda *_: True)  # to load 42 models in less time
+    monkeypatch.setattr(common, "can_share_prompts", lambda *_: True)  # to load 12 models in less time
     model = load("gpt2", tmp_path, tokenizer)
     assert model.training and not [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
     assert model.hf_model.config.pad_token_id == tokenizer.pad_token_id
-    seeds = [common.load_reward_model(llama, tokenizer, CPU, settings(seed=i)).state_dict() for i in (*range(40), 0)]
+    seeds = [common.load_reward_model(llama, tokenizer, CPU, settings(seed=i)).state_dict() for i in (*range(10), 0)]
     assert [key for key in seeds[0] if not torch.equal(seeds[0][key], seeds[-1][key])] == []
     assert [key for key in seeds[0] if not torch.equal(seeds[0][key], seeds[1][key])] == ["hf_model.score.weight"]
     head = torch.cat([weights["hf_model.score.weight"] for weights in seeds[:-1]])
-    assert head.std().item() == pytest.approx(1 / np.sqrt(33), rel=0.09)  # 4.5 standard errors
+    assert head.std().item() == pytest.approx(1 / np.sqrt(33), rel=0.18)  # 4.5 standard errors
 
 
 @pytest.mark.parametrize("max_norm, clipped", [(1.0, [0.6, 0.8]), (9.0, [3.0, 4.0]), (0, [3.0, 4.0])])

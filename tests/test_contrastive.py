@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import data, settings, shell
-from test_run import assert_close, finished, records
+from conftest import data, launch, settings
+from test_run import assert_close, records
 
 import common
 import contrastive_rm as rm
@@ -137,7 +137,7 @@ def test_resumed_with_prototypes(script, monkeypatch):
 def test_ranks_do_not_matter(script, llama, tmp_path):
     """The negatives are those of all ranks. Dropout of 1e-9 drops nothing: the masks would depend on the ranks."""
     flags = [SCRIPT, *SWAV, "--dropout", 1e-9, "--output-dir"]
-    two = shell(llama, *flags, "two", ranks=2, cwd=tmp_path)
+    two = launch(llama, *flags, "two", ranks=2)
     script(*flags, "one")
-    finished(two)
+    two.finish()
     assert_close("two", "one")

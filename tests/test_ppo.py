@@ -3,19 +3,21 @@
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, data, settings, shell, toy
+from conftest import ROOT, data, launch, settings, toy
+from launch import Launch
 from safetensors.torch import load_file
 from test_batch import DATA, ROWS, SEPARATES, SHARES, load
-from test_run import ends_alike, finished, records
+from test_run import ends_alike, records
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM)
@@ -309,9 +311,9 @@ def test_bandit_reaches_its_optimum(ppo, llama, reward_model, tokenizer):
     """One prompt, responses of one token. With a KL penalty the best policy is pi_ref exp(r / beta), normalised, and
     can be computed. The divergence from it falls to a twentieth."""
     Path("one.jsonl").write_text(json.dumps({"prompt": "\n\nHuman: name two fruits\n\nAssistant:"}) + "\n")
-    ppo("--data", "one.jsonl", "--eval-data", "one=one.jsonl", "--iterations", 120, "--batch-size", 1,
+    ppo("--data", "one.jsonl", "--eval-data", "one=one.jsonl", "--iterations", 60, "--batch-size", 1,
         "--num-responses", 256, "--max-new-tokens", 1, "--reward-scaling", "none", "--reward-clip", 0,
-        "--missing-eos-penalty", 0, "--kl-coef", 0.5, "--lr", 3e-3, "--critic-lr", 1e-2, "--eval-every", 0)
+        "--missing-eos-penalty", 0, "--kl-coef", 0.5, "--lr", 6e-3, "--critic-lr", 2e-2, "--eval-every", 0)
     prompt = ppo_loop.load_prompts("one.jsonl", "train", tokenizer, args()).ids[0]
     start, end = (AutoModelForCausalLM.from_pretrained(name) for name in (llama, RUN / "policy"))
     reward = AutoModelForSequenceClassification.from_pretrained(reward_model)
@@ -420,33 +422,34 @@ def test_a_run_and_its_samples(ppo, llama, tokenizer):
 
 
 def test_micro_batches_and_ranks_do_not_change_the_run(ppo, llama, tmp_path):
-    flags = ["--lr", 1e-3, "--batch-size", 9]  # a batch that ranks and chunks do not divide
+    flags = ["--lr", 1e-3, "--iterations", 3, "--batch-size", 9]  # a batch that ranks and chunks do not divide
     ppo(*flags, "--output-dir", "one")
     ppo(*flags, "--output-dir", "micro", "--micro-batch-tokens", 1)
-    finished(shell(llama, "ppo_loop.py", *SMALL, *flags, "--output-dir", "two", ranks=2, cwd=tmp_path))
+    launch(llama, "ppo_loop.py", *SMALL, *flags, "--output-dir", "two", ranks=2).finish()
     for other in ("micro", "two"):
         assert Path(other, "samples.jsonl").read_text() == Path("one/samples.jsonl").read_text()
         for one, two in zip(records("one"), records(other), strict=True):
             assert one == pytest.approx(two, rel=2e-3, abs=1e-5)
 
 
-def test_killed_and_resumed_with_tied_weights(tmp_path, tokenizer, reward_model):
+def test_killed_and_resumed_with_tied_weights(tmp_path, tokenizer, reward_model, monkeypatch):
     """The embedding and the head are one tensor, as in Qwen2.5 0.5B and Gemma: written once, loaded into both."""
     LlamaForCausalLM(LlamaConfig.from_pretrained(reward_model, tie_word_embeddings=True)).save_pretrained(
         tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
     shutil.copytree(reward_model, tmp_path / "rm")
+    monkeypatch.chdir(tmp_path)
 
     def start(folder, *more):
-        return shell(tmp_path / "tied", "ppo_loop.py", *SMALL, "--iterations", 12, "--save-every", 4, "--lr", 1e-3,
-                     "--output-dir", folder, *more, cwd=tmp_path)
+        return launch(tmp_path / "tied", "ppo_loop.py", *SMALL, "--iterations", 12, "--save-every", 4, "--lr", 1e-3,
+                      "--output-dir", folder, *more)
 
-    finished(start(tmp_path / "whole"))
+    start(tmp_path / "whole").finish()
     ends_alike(start, tmp_path / "whole", tmp_path / "broken", "checkpoint-4")
     assert (tmp_path / "whole/samples.jsonl").read_text() == (tmp_path / "broken/samples.jsonl").read_text()
     (tmp_path / "rm/model.safetensors").touch()  # another reward model is not taken for the one the run began with
-    process = start(tmp_path / "broken", "--resume")
-    assert "--resume" in process.communicate()[1] and process.returncode
+    with pytest.raises(AssertionError, match="--resume"):
+        start(tmp_path / "broken", "--resume").finish()
 
 
 def test_gold_gets_the_texts_of_conversations(ppo, llama):
@@ -461,16 +464,26 @@ def test_gold_gets_the_texts_of_conversations(ppo, llama):
     assert records(RUN)[-1]["eval/chat/gold"] == records(RUN)[-1]["ppo/gold"] == 1
 
 
-def test_the_loop_of_the_docstring(llama, tmp_path):
+def test_the_loop_of_the_docstring(tmp_path, monkeypatch):
     """Two tiny rounds of iterated RLHF, word for word but for the sizes."""
     loop = re.search(r"    cp docs.*?done\n", ppo_loop.__doc__, re.S)[0].replace("1 2 3", "1 2")
-    loop = loop.replace("python ", f"{sys.executable} ")
     tiny = f"--data {data()} --max-length 64 --eval-data"
     loop = loop.replace("meta_rm.py", f"meta_rm.py {tiny} --epochs 0.5 --batch-size 16")
     loop = loop.replace("ppo_loop.py", f"ppo_loop.py {tiny} --max-new-tokens 6 --iterations 2 --num-samples 8")
-    for name in ("docs", "meta_rm.py", "ppo_loop.py", "common.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    subprocess.run(["bash", "-euc", loop], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+
+    # instead of Python, the shell asks this process to run a script, and waits
+    python = 'python() { echo "$@" > call.tmp; mv call.tmp call; until rm done 2> /dev/null; do sleep 0.05; done; }; '
+    shell = subprocess.Popen(["bash", "-euc", python + loop])
+    while shell.poll() is None:
+        if Path("call").exists():
+            name, *flags = shlex.split(Path("call").read_text())
+            Path("call").unlink()
+            Launch([str(ROOT / name), *flags], 1).finish()
+            Path("done").touch()
+        time.sleep(0.05)
+    assert shell.returncode == 0
     policies = [load_file(tmp_path / f"runs/ppo-{i}/policy/model.safetensors") for i in (1, 2)]
     assert any(not torch.equal(tensor, policies[1][name]) for name, tensor in policies[0].items())
     assert json.loads((tmp_path / "runs/ppo-2/metrics.jsonl").read_text().splitlines()[0])["step"] == 0
@@ -526,15 +539,12 @@ def test_the_toy_world(monkeypatch):
     (["--max-new-tokens", "64"], "--max-new-tokens"), (["--data", "none.jsonl"], "none.jsonl"),
     (["--data", "bad.jsonl"], "bad.jsonl: row 2"), (["--reward-model", "nowhere"], "nowhere"),
     (["--model", "rm"], "--model rm"), (["--iterations", "0", "--max-length", "257"], "--max-length"),
-    (["--reward-model", "lm"], "lm"), (["--reward-model", "words"], "tokenizer"), (["--gold", "none.py"], "none.py"),
-    (["--lr", "1e30", "--max-grad-norm", "1e30"], "--lr"), (["--gold", "raises.py"], "raises.py"),
-    (["--reward-model", "eos"], "EOS"), (["--reference", "words_lm"], "words_lm"),
-    (["--gold", "none_at_all.py"], "none_at_all.py")])
+    (["--reward-model", "lm"], "lm"), (["--reward-model", "words"], "tokenizer"),
+    (["--lr", "1e30", "--max-grad-norm", "1e30"], "--lr"), (["--reward-model", "eos"], "EOS"),
+    (["--reference", "words_lm"], "words_lm")])
 def test_bad_input(flags, name, ppo, llama, tokenizer):
     write("bad.jsonl", [{"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
                         {"chosen": "no transcript", "rejected": "x"}])
-    Path("raises.py").write_text("def gold(prompt, response):\n    return {}[response]\n")
-    Path("none_at_all.py").write_text("def gold(prompt, response):\n    pass\n")
     shutil.copytree(llama, "lm")
     for folder, source, file, old, new in [
             ("words", "rm", "tokenizer.json", '"apple"', '"pomme"'),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import shell
-from test_run import finished, records
+from conftest import launch
+from test_run import records
 
 import vote_strength
 
@@ -86,7 +86,7 @@ def test_processes_share_the_work(script):
 
 def test_two_ranks_vote_alike(llama, tmp_path, script):
     script("vote_strength.py", "--members", 1, "--output-dir", "one")
-    finished(shell(llama, "vote_strength.py", "--members", 1, "--output-dir", "two", ranks=2, cwd=tmp_path))
+    launch(llama, "vote_strength.py", "--members", 1, "--output-dir", "two", ranks=2).finish()
     np.testing.assert_allclose(votes("one")["seed-0"]["train"], votes("two")["seed-0"]["train"], rtol=1e-3, atol=1e-4)
     assert [line["train/loss"] for line in records("two/seed-0")] == pytest.approx(
         [line["train/loss"] for line in records("one/seed-0")], rel=1e-5)
