@@ -1,5 +1,6 @@
 """The tests run offline, on the CPU and in a cache of their own. `toy` is docs/toy/make.py."""
 
+import gc
 import json
 import os
 import runpy
@@ -23,6 +24,7 @@ from launch import Launch  # noqa: E402
 
 sys.modules["toy"] = toy
 common.setup()
+gc.freeze()  # or each gc.collect of load_reward_model would look at all of torch
 TINY = {"vocab_size": len(toy.WORDS), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 128}
 tokenizer = pytest.fixture(toy.make_tokenizer, scope="session")

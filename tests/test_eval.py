@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import runpy
-import subprocess
 import sys
 import threading
 import weakref
@@ -19,6 +18,7 @@ import torch
 import toy
 import transformers
 from conftest import ROOT, TINY, data, settings
+from launch import Launch
 
 import common
 
@@ -255,9 +255,7 @@ def test_reward_models(run, reward_models):
     one = json.loads(Path("runs/eval/eval.json").read_text())
     oracle = [x["score"] for x in one if x.get("model") == "oracle"]
     assert oracle == pytest.approx([1, 5 / 3, 2])  # of n = 1, 2, 3
-    start = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    command = [sys.executable, *start, str(ROOT / "eval.py"), *flags]
-    subprocess.run(command, check=True, capture_output=True)
+    Launch([str(ROOT / "eval.py"), *map(str, flags)], 2).finish()
     for x, y in zip(one, json.loads(Path("runs/eval/eval.json").read_text()), strict=True):
         assert x == pytest.approx(y, abs=1e-4)
 

@@ -290,7 +290,7 @@ def test_prompts_have_the_ids_of_reward_training(template, bos, fits, tmp_path, 
 
 @pytest.mark.parametrize("change, is_chat, fits", [
     ({}, True, True), ({"pad_token": "<|other pad|>"}, True, True), ({"pad_token": "</s>"}, False, True),
-    ({"eos_token": "fig"}, False, False), ({"bos_token": "fig"}, False, False), ({"bos": False}, False, False),
+    ({"eos_token": "fig"}, False, False), ({"bos": False}, False, False),
     ({"chat_template": THINKS}, True, False), ({"chat_template": THINKS}, False, True)])
 def test_the_reward_model_must_read_like_the_policy(change, is_chat, fits):
     """Llama 3's base and instruct models have one vocabulary, but different EOS tokens and templates."""

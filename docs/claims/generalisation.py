@@ -53,7 +53,7 @@ for start, words in (("", "the SFT model"), ("random-", "random weights")):
         CLAIMS.append(Claim("section 3.1", text, ID, f"{start}{name}", baseline))
 for name in META:
     text = f"{name} beats the baseline on shifted"
-    CLAIMS.append(Claim("MetaRM, shifted", text, SHIFTED, name, "baseline"))
+    CLAIMS.append(Claim("MetaRM: shifted", text, SHIFTED, name, "baseline"))
     for words, key in DIFFERENCES.items():
         text = f"{name} sets similar responses further apart: {words}"
         CLAIMS.append(Claim("Fig. 16", text, key, name, "baseline"))

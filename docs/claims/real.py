@@ -154,7 +154,7 @@ def make_claims(args):
         claims.append(Claim("MetaRM Fig. 4", text, TEST, name, "meta-0", plus=0.005))
         for place in sets_of(args):
             text = f"{name} helps on {place}"
-            claims.append(Claim("MetaRM, ood", text, f"eval/{place}/accuracy", name, "meta-0"))
+            claims.append(Claim("MetaRM: ood", text, f"eval/{place}/accuracy", name, "meta-0"))
     return claims
 
 
