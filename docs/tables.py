@@ -149,7 +149,7 @@ def show_claim(results, text):
 
 
 def show_hours(results, _):
-    return f"{results['hours']:.1f} hours ({'; '.join(results['code'])})"
+    return f"{results['hours']:.1f} hours of one core ({'; '.join(results['code'])})"
 
 
 SHOW = {"table": show_table, "number": show_number, "claim": show_claim, "hours": show_hours}

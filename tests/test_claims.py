@@ -126,7 +126,7 @@ def test_a_changed_digit_is_rendered_again(monkeypatch, tmp_path):
              "hours: trial"]
     page = tables.render(" and ".join(f"<!-- {mark} --><!-- end -->" for mark in marks))
     assert "| S3-1 | 87.1 ± 1.2 |" in page and "+2.0 ± 1.2 points, confirmed" in page
-    assert "0.871 ± 0.012 (4 seeds)" in page and "1.5 hours (commit abc)" in page
+    assert "0.871 ± 0.012 (4 seeds)" in page and "1.5 hours of one core (commit abc)" in page
     assert tables.render(page) == page == tables.render(page.replace("87.1", "97.1"))
     for mark in ("claim: trial/none", "table: trial/none", "number: trial/S3-1/none", "hours: x"):
         with pytest.raises(ValueError):
