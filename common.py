@@ -68,9 +68,8 @@ def fatal(message):
 def print_error(kind, error, traceback):
     """The sys.excepthook of a run: the last line on stderr says what went wrong.
 
-    Files and flags raise OSError and ValueError. Anything else may be a bug.
-    Its traceback stays."""
-    if not issubclass(kind, (OSError, ValueError)):
+    Files and folders raise OSError. Anything else may be a bug: its traceback stays."""
+    if not issubclass(kind, OSError):
         sys.__excepthook__(kind, error, traceback)
     print(f"error: {kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr)
 
@@ -98,9 +97,14 @@ def in_range(kind, low, high=math.inf):
 
 
 def named_source(text):
-    """An argparse type: NAME=SOURCE -> (name, source)."""
+    """An argparse type: NAME=SOURCE -> (name, source). The name may become that of a file."""
     name, source = text.split("=", 1)
+    if "/" in name:
+        raise ValueError
     return name, source
+
+
+named_source.__name__ = "NAME=SOURCE"  # argparse then says: invalid NAME=SOURCE value
 
 
 def is_toy(model):
@@ -196,9 +200,11 @@ def read_conversations(prompt, chosen, rejected):
 
 def read_texts(prompt, chosen, rejected):
     """A prompt, which may be empty, and two texts -> what `read_row` returns."""
-    start = prompt.lstrip()
-    if start and chosen.lstrip().startswith(start) and rejected.lstrip().startswith(start):
-        return prompt, [text.lstrip().removeprefix(start) for text in (chosen, rejected)]
+    # both may repeat the prompt, and then go on with white space
+    start = prompt.strip()
+    rest = [text.lstrip().removeprefix(start) for text in (chosen, rejected)]
+    if start and rest[0][:1].isspace() and rest[1][:1].isspace():
+        return prompt.rstrip(), rest
     if prompt:
         return prompt, [chosen, rejected]
 
@@ -223,6 +229,7 @@ def read_row(row):
         if not chosen or not rejected:
             return prompt, ["", ""]
         is_transcript = "\n\nAssistant:" in chosen
+        # an empty prompt, which `encode_row` drops and counts
         if "prompt" in row and not prompt and isinstance(chosen, str) and not is_transcript:
             return "", [chosen, rejected]
         if isinstance(chosen, list) and isinstance(chosen[0], dict):
@@ -297,9 +304,10 @@ def encode(prompt, responses, tokenizer, max_length):
     """A prompt and k responses, texts or lists of messages -> prompt_ids, k lists of response_ids,
     and whether the prompt is truncated.
 
-    A text ends in one EOS, and a conversation as its chat template ends it. There the reward model
-    reads. The prompt is the common prefix of the k full texts. If one of them is longer than
-    `max_length`, the prompt loses its oldest tokens, but not BOS. It is [] if nothing is left."""
+    A text ends in one EOS, and a conversation as its chat template ends it. The reward is read at
+    the last of these tokens. The prompt is the common prefix of the k full texts. If one of them is
+    longer than `max_length`, the prompt loses its oldest tokens, but not BOS. It is [] if nothing
+    is left."""
     is_chat = isinstance(prompt, list)
     rows = []
     for response in responses:
@@ -350,9 +358,9 @@ def encode_row(row, number, tokenizer, max_length, code):
             if all(ids == response_ids[0] for ids in response_ids):
                 problem = "with equal responses"
             elif not prompt_ids:
-                problem = "too long"
+                problem = "without room for the prompt"
                 prompt_ids = [0]
-    except Exception as error:  # a chat template raises what it likes
+    except Exception as error:  # a chat template may raise anything
         raise ValueError(f"row {number + 1}: {error}") from None
     length = len(prompt_ids) + sum(len(ids) for ids in response_ids)
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "k": len(response_ids),
@@ -423,10 +431,11 @@ def load_sets(pairs, tokenizer, max_length):
 
 
 def load_tokenizer(name):
-    """The tokenizer of a folder or hub id. Its pad token is not EOS, which would hide the end.
+    """The tokenizer of a folder or hub id.
 
-    The pad token of a reward model is that of its config, by which transformers finds the token to
-    read. It may be EOS, as in TRL if the language model had none: `encode` then leaves EOS out."""
+    The pad token of a language model must not be EOS, which would hide the end of a response. That
+    of a reward model is the one in its config, by which transformers finds the token to read. It
+    may be EOS, as in TRL if the language model had none: `encode` then leaves EOS out."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
@@ -532,6 +541,8 @@ def micro_batches(data, index, micro_tokens, model):
     CPU cores that is about the time for 1/8 of `micro_tokens`."""
     lengths = np.array(data["length"][index])
     lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
+    if not model.share:  # each response has a row of its own with the whole prompt
+        lengths *= len(data[0]["response_ids"])
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         longest = lengths[order[0]]
@@ -669,7 +680,7 @@ def shard(model, offload):
 def can_share_prompts(model, max_length):
     """Whether every response in a shared row gets the features that it has in a row of its own.
 
-    Tried on a prompt of one token, long responses that fill at least 512 columns, and behind them
+    Tried on a prompt of one token, long responses that fill at least 512 columns, and after them
     two short ones. Recurrent layers and ALiBi fail, and so do windows that count columns or hold
     fewer than `max_length` tokens. An error in separate rows is raised."""
     vocab_size = model.hf_model.config.get_text_config().vocab_size
@@ -682,7 +693,7 @@ def can_share_prompts(model, max_length):
     short = [random.integers(vocab_size, size=n) for n in (min(2, length), 1)]
 
     def features_of(responses, share):
-        """-> features (k, hidden) of the responses behind the prompt."""
+        """-> features (k, hidden) of the responses after the prompt."""
         columns = {"prompt_ids": [prompt], "response_ids": [responses]}
         model.share = share
         batch = collate(datasets.Dataset.from_dict(columns), [0], model.device, share)
@@ -734,7 +745,7 @@ def compute_rewards(model, data, micro_tokens, with_features=False):
     dist.all_reduce(rewards)
     dist.all_reduce(features)
     if not rewards.isfinite().all():
-        raise ValueError("some rewards are not finite: try --dtype float32, or another model")
+        fatal("some rewards are not finite: try --dtype float32, or another model")
     return (rewards, features) if with_features else rewards
 
 
@@ -785,7 +796,7 @@ def load_checkpoint(folder, model, optimizer, step):
 
 
 def save_model(folder, model, tokenizer):
-    """Write a Hugging Face folder: AutoModelForSequenceClassification gives the same scores."""
+    """Write the Hugging Face folder of a RewardModel or Policy. Plain transformers loads it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if RANK == 0:
@@ -826,7 +837,8 @@ def rename_run(folder):
     i = 1
     while Path(f"{folder}.{i}").exists():
         i += 1
-    print0(f"{folder} holds an earlier run, which is now {folder.rename(f'{folder}.{i}')}")
+    folder.rename(f"{folder}.{i}")
+    print0(f"{folder} held an earlier run, which is now {folder}.{i}")
 
 
 def cut_log(path, step):
@@ -841,9 +853,9 @@ def cut_log(path, step):
 
 
 def open_run(args, inputs, may_change=()):
-    """Begin a run in --output-dir or, with --resume, go on with the one there. -> its step, or 0.
+    """Begin a run in --output-dir or, with --resume, continue the one there. -> its step, or 0.
 
-    Without --resume an earlier run is renamed. A run goes on only if its flags, except
+    Without --resume an earlier run is renamed. A run is resumed only if its flags, except
     `may_change`, and the files and folders in `inputs` are what they were."""
     folder = Path(args.output_dir)
     args_file = folder / "args.json"
@@ -852,8 +864,9 @@ def open_run(args, inputs, may_change=()):
 
     if len(dict(args.eval_data)) < len(args.eval_data):
         fatal("--eval-data: two sets have the same name")
+    has_files = any(x.suffix != ".tmp" for x in folder.glob("*"))
     is_run = args_file.exists()
-    if folder.is_file() or not is_run and any(x.suffix != ".tmp" for x in folder.glob("*")):
+    if folder.is_file() or has_files and not is_run:
         fatal(f"--output-dir {folder} has files that are not from a run: choose another folder")
     step = 0
     if args.resume and is_run:

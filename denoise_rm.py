@@ -147,9 +147,9 @@ def make_targets(strengths, flip=0.0, margin=False, label_smoothing=0.0, smooth_
 
     targets = np.ones(len(mu))
     if soft_targets:
-        targets = 1 / (1 + np.exp(-mu / soft_targets))
+        targets = torch.sigmoid(torch.tensor(mu / soft_targets)).numpy()
     smoothed = (mu < 0) | (smooth_on == "all")
-    towards_other = targets + label_smoothing * (1 - 2 * targets)  # for t = 1: 1 - A
+    towards_other = (1 - label_smoothing) * targets + label_smoothing * (1 - targets)
     targets = np.where(smoothed, towards_other, targets)
 
     margins = mu if margin else np.zeros(len(mu))

@@ -263,7 +263,7 @@ def score_responses(model, tokenizer, items, source, args):
         try:
             dialogue = as_dialogue(prompt, responses, args.prompt_format)
             prompt_ids, response_ids, _ = encode(*dialogue, tokenizer, args.max_length)
-        except Exception as error:  # a chat template raises what it likes
+        except Exception as error:  # a chat template may raise anything
             fatal(f"{source}: row {i + 1}: {error!r}")
         rewards.append(np.full(len(responses), math.nan))
         if prompt_ids:

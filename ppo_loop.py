@@ -25,8 +25,8 @@ rewards still to come.
 
 The second command has no KL penalty. The third only samples: it writes samples.jsonl.
 
-Plot ppo/score, the mean reward, over ppo/kl, the distance from the reference. With --gold the true
-reward is logged as well. If it falls while the score rises, the policy exploits errors of the
+Plot ppo/score, the mean reward, against ppo/kl, the distance from the reference. With --gold the
+true reward is logged as well. If it falls while the score rises, the policy exploits errors of the
 reward model.
 
 Iterated RLHF with MetaRM (section 3.2) alternates between a reward model for the latest policy and
@@ -143,7 +143,7 @@ def parse_args():
     # evaluation and samples
     add("--eval-every", type=int, default=100,
         help="iterations between evaluations; 0: only at the end")
-    add("--eval-prompts", type=int, default=200,
+    add("--eval-prompts", type=in_range(int, 1), default=200,
         help="prompts of each set of --eval-data, with one response to each")
     add("--num-samples", type=in_range(int, 0), default=1000,
         help="prompts in samples.jsonl, the first ones of --data")
@@ -298,13 +298,13 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
     prompts = Prompts([], [])
     for number, row in enumerate(rows, 1):
         try:
-            # a prompt alone is enough: `read_row` is content with no responses
+            # only the prompt is needed: without responses `read_row` accepts a prompt alone
             prompt = text = read_row({**row, "responses": []})[0]
             is_chat = isinstance(prompt, list)
             if is_chat:
                 text = render(prompt, tokenizer, add_generation_prompt=True)
             ids = to_ids(text, tokenizer, is_chat) if text else []
-        except Exception as error:  # a chat template raises what it likes
+        except Exception as error:  # a chat template may raise anything
             fatal(f"{source}: row {number}: {error!r}")
         if ids:
             prompts.texts.append(prompt)
@@ -337,7 +337,7 @@ def sample_responses(policy, prompt_ids, k, seed, args):
     chunks = [prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size)]
 
     # Rank r samples the chunks r, r + WORLD_SIZE, r + 2 WORLD_SIZE, ... FSDP needs equally many
-    # calls on each rank, so behind the last chunk the count starts again at 0. Of 5 chunks, rank 0
+    # calls on each rank, so after the last chunk the count starts again at 0. Of 5 chunks, rank 0
     # of 2 samples 0, 2, 4 and rank 1 samples 1, 3, 0. Seeds belong to chunks, so both agree on 0.
     num_calls = math.ceil(len(chunks) / WORLD_SIZE)
     calls = tqdm(range(num_calls), "sampling", leave=False, disable=RANK > 0 or num_calls < 10)
@@ -354,7 +354,7 @@ def sample_responses(policy, prompt_ids, k, seed, args):
         tokens = policy.generate(
             ids.clamp(min=0), attention_mask=(ids >= 0).long(), num_return_sequences=k)
 
-        # a response ends behind its first stop token
+        # a response ends after its first stop token
         responses = []
         for response in tokens[:, width:].tolist():
             ends = [i for i, token in enumerate(response, 1) if token in stop]
@@ -441,7 +441,7 @@ def token_rewards(scores, logp, reference_logp, mask, kl_coef):
 def estimate_advantages(rewards, values, gae_lambda):
     """Generalised advantage estimation (arXiv 1506.02438): rewards and values (..., L) -> (..., L).
 
-    Both are 0 behind the last token of a response. The discount gamma is 1."""
+    Both are 0 after the last token of a response. The discount gamma is 1."""
     advantages = torch.zeros_like(rewards)
     advantage = next_value = 0.0
     for t in reversed(range(rewards.size(-1))):
@@ -500,7 +500,7 @@ def end_response(tokens, stop, end):
 
     A response that would be empty keeps its stop token."""
     words = tokens[:-1] if tokens[-1] in stop else tokens
-    return words + end or tokens
+    return (words + end) or tokens
 
 
 def mean_gold(prompts, responses, models):
@@ -577,7 +577,8 @@ if __name__ == "__main__":
     # prompts and policy
     tokenizer = load_tokenizer(args.model)
     args.max_length = args.max_length or default_max_length(args.model)
-    prompts = load_prompts(args.data, "train", tokenizer, args)
+    limit = math.inf if args.iterations else args.num_samples
+    prompts = load_prompts(args.data, "train", tokenizer, args, limit)
     if prompts.is_chat:
         warn_of_template(prompts.texts[0], tokenizer)
     policy = load_policy(args.model, tokenizer, device, args, "--model")
@@ -625,7 +626,7 @@ if __name__ == "__main__":
              {"params": critic.parameters(), "lr": args.critic_lr, "eps": 1e-8}],
             betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
 
-    # begin a run, or go on with one
+    # a new run, or the one to resume
     start = open_run(args, [args.model, args.reference, args.reward_model, args.data])
     if start:
         load_checkpoint(args.output_dir, trained, optimizer, start)
@@ -670,7 +671,8 @@ if __name__ == "__main__":
             advantages = (advantages - mean) / (advantages[mask].std() + 1e-8)
 
         # Updates, each on the whole roll-out. There are no minibatches: micro-batches only limit
-        # memory. So with --epochs 1, the default, the ratio is 1, and clipping has no effect.
+        # memory. So with --epochs 1, the default but for the toy world, the ratio is 1, and
+        # clipping has no effect.
         for epoch in range(args.epochs):
             sums = torch.zeros(5, device=device)
             order = np.arange(len(rollout.rows))

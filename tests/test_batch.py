@@ -147,7 +147,7 @@ def test_rewards_that_are_not_finite_are_refused(tmp_path, tokenizer):
     model = load("llama", tmp_path, tokenizer)
     with torch.no_grad():
         model.hf_model.score.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError):
+    with pytest.raises(SystemExit):
         common.compute_rewards(model, DATA, 64)
 
 
@@ -194,6 +194,5 @@ def test_micro_batches(micro_tokens, world, share, monkeypatch):
     assert len({len(batches) for batches in ranks}) == 1  # FSDP needs as many forward passes on every rank
     batches = [batch for batches in ranks for batch in batches]
     assert sorted(np.concatenate([batch.index for batch in batches])) == sorted(index)
-    at = dict(zip(range(200), lengths))
-    assert all(len(x.index) <= 1 or len(x.index) * max(at[i] for i in x.index) <= micro_tokens for x in batches)
+    assert all(len(x.index) <= 1 or x.input_ids.numel() <= micro_tokens for x in batches)
     assert micro_tokens < 10**5 or len(batches) == world

@@ -74,6 +74,8 @@ def test_read_row():
     assert responses == [" saw axe", " saw"]
     row = {"prompt": "name", "chosen": "name two", "rejected": "dog"}  # one response just quotes
     assert common.read_row(row) == ("name", ["name two", "dog"])
+    row = {"prompt": "Hello", "chosen": "Hello! I am well.", "rejected": "Hello."}  # both greet
+    assert common.read_row(row) == ("Hello", [row["chosen"], row["rejected"]])
 
 
 @pytest.mark.parametrize("prompt, repeated, whole", [
@@ -114,7 +116,7 @@ def test_unusable_rows_are_dropped_and_counted(tokenizer, capsys):
     data = tokenize([bad[0], good, *bad[1:], good], tokenizer, 7)
     assert data["row"][:] == [1, 7] and data["truncated"][:] == [True, True]
     line = capsys.readouterr().out
-    for count in ("2 with equal responses", "2 empty", "1 with different prompts", "1 too long"):
+    for count in ("2 with equal responses", "2 empty", "1 with different prompts", "1 without room for the prompt"):
         assert count in line
     pair = {"chosen": " dog", "rejected": " fig"}
     for row in ({"prompt": None, **pair}, {"prompt": "", **pair}, {"prompt": TEXT, "responses": []},

@@ -234,6 +234,7 @@ def folders(llama, tmp_path_factory):
     *((["--data", f"{name}.jsonl"], f"{name}.jsonl: ") for name in FILES),
     (["--eval-data", "x=none.jsonl"], "none.jsonl"),
     (["--eval-data", "nameless.jsonl"], "--eval-data"),
+    (["--eval-data", f"a/b={data('id', 40)}"], "--eval-data"),
     (["--eval-data", f"x={data('id', 40)}", f"x={data('ood', 40)}"], "--eval-data"),
     (["--batch-size", "0"], "--batch-size"),
     (["--epochs", "nan"], "--epochs"),
