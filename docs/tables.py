@@ -10,7 +10,8 @@ fills in what stands between two comments:
     <!-- table: denoising/claims --><!-- end -->           the verdicts of an experiment
     <!-- table: denoising/claims/Fig. 4, Fig. 5 --><!-- end -->     those of two figures
     <!-- number: denoising/vote-0.1/wrong labels, % --><!-- end -->
-    <!-- claim: denoising/Smoothing keeps the loss low --><!-- end -->     its number and verdict
+    <!-- measured: denoising/Smoothing keeps the loss low --><!-- end -->      a claim's number
+    <!-- verdict: denoising/Smoothing keeps the loss low --><!-- end -->       and its verdict
     <!-- hours: denoising --><!-- end -->                  by which code, in how many hours
 """
 
@@ -24,7 +25,7 @@ import mpmath  # torch depends on it
 import numpy as np
 
 RESULTS = Path(__file__).parent / "claims/results"
-MARK = re.compile(r"(<!-- (table|number|claim|hours): ([^>]+?) -->).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (table|number|measured|verdict|hours): ([^>]+?) -->).*?(<!-- end -->)", re.DOTALL)
 
 
 # Verdicts.
@@ -143,16 +144,25 @@ def show_number(results, place):
     return show(results["runs"][run][column], results["seeds"])
 
 
-def show_claim(results, text):
-    claim = next(claim for claim in results["claims"] if claim["text"] == text)
-    return f"{show(claim, results['seeds'], ' points')}, {claim['verdict']}"
+def find_claim(results, text):
+    return next(claim for claim in results["claims"] if claim["text"] == text)
+
+
+def show_measured(results, text):
+    return show(find_claim(results, text), results["seeds"], " points")
+
+
+def show_verdict(results, text):
+    return find_claim(results, text)["verdict"]
 
 
 def show_hours(results, _):
     return f"{results['hours']:.1f} hours of one core ({'; '.join(results['code'])})"
 
 
-SHOW = {"table": show_table, "number": show_number, "claim": show_claim, "hours": show_hours}
+SHOW = {
+    "table": show_table, "number": show_number, "measured": show_measured, "verdict": show_verdict,
+    "hours": show_hours}
 
 
 def render(text):

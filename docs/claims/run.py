@@ -18,13 +18,13 @@ To add the claim that label smoothing beats the baseline after one epoch, write 
         key="eval/id/accuracy", larger="smooth-1", smaller="baseline-1"))
 
 `run.py denoising --runs smooth-1` does this run for every seed and measures all claims again. On a
-page, `<!-- claim: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->`
-stands for the number and its verdict.
+page, `<!-- verdict: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->`
+stands for its verdict, and `measured` instead of `verdict` for the number.
 
     a ± b         mean over the seeds, half-width of its 95 % interval (Student's t, paired by seed)
     p             two-sided, with Holm's correction for the claims with the same figure
     confirmed     p < 0.05, in the direction of the claim
-    opposite      p < 0.05, in the other direction and by more than the threshold
+    opposite      p < 0.05, in the other direction
     no effect     the interval at level 1 - 0.05 / (claims with the figure) lies in 0 ± threshold
     undecided     none of these
 
