@@ -704,7 +704,8 @@ def can_share_prompts(model, max_length):
         distance = (a - b).norm(dim=-1)
         return (distance / b.norm(dim=-1)).max()
 
-    separate = features_of([*long, *short], share=False)
+    # apart, because a batch of rows is as wide as the longest
+    separate = torch.cat([features_of(long, share=False), features_of(short, share=False)])
     try:
         shared = features_of([*long, *short], share=True)
         changed = features_of([*other_long, *short], share=True)

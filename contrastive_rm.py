@@ -29,7 +29,7 @@ A second pass computes the features again, micro-batch by micro-batch, and passe
 to the weights (gradient caching, arXiv 2101.06983).
 
 Watch train/contrastive, and the overlap of features in eval.py (Fig. 11). In the toy world all but
-SwAV on pairs cost accuracy.
+SwAV on pairs cost a pretrained model accuracy.
 """
 
 import argparse

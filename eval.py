@@ -15,7 +15,8 @@ What is measured on a set of --eval-data depends on the form of its rows:
 
 The screen shows the first columns. All of them, with 95 % intervals, are in eval.md:
 
-    accuracy          how often the chosen response gets the higher reward; a tie is an error
+    accuracy          how often the chosen response gets the higher reward; a tie is an error,
+                      but lists with one right response share it among ties
     tie_rate          how often both responses get the same reward
     longer_wins       accuracy of always choosing the response with more tokens
     prefers_longer    how often the model gives the longer response the higher reward
@@ -206,15 +207,16 @@ def load_policies(policies, gold):
     """(name, file) pairs of P policies -> prompts (N,), responses and their true scores (P, N).
 
     Scores are NaN without gold. Stops with an error that names a file that does not fit."""
-    prompts = load_rows(policies[0][1])["prompt"][:]
+    prompts = [row.get("prompt") for row in load_rows(policies[0][1])]
     responses = []
     scores = np.full((len(policies), len(prompts)), math.nan)
     for p, (_, source) in enumerate(policies):
         rows = load_rows(source)
-        if rows["prompt"][:] != prompts:
+        if [row.get("prompt") for row in rows] != prompts:
             fatal(f"--policies {source}: its prompts are not those of {policies[0][1]}")
         responses.append([])
-        for i, texts in enumerate(rows["responses"]):
+        for i, row in enumerate(rows):
+            texts = row.get("responses")
             if not texts or not isinstance(texts, list):
                 fatal(f"--policies {source}: row {i + 1} has no list of responses")
             responses[p].append(texts[0])

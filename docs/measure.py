@@ -1,5 +1,6 @@
 """What the runs of docs/claims say: the numbers of a run, and their means over the seeds."""
 
+import collections
 import json
 import math
 from typing import NamedTuple
@@ -169,6 +170,7 @@ def find_threshold(claim, smaller):
 
 def measure_claims(claims, numbers):
     """-> a record for each claim whose runs are there for two seeds or more; see docs/tables.py."""
+    asked = collections.Counter(claim.figure for claim in claims)
     records = []
     for claim in claims:
         larger = read_values(numbers, claim.larger, claim.key)
@@ -176,7 +178,7 @@ def measure_claims(claims, numbers):
         summary = summarise(larger - smaller + claim.plus)
         if summary:
             records.append({
-                "figure": claim.figure, "text": claim.text, **summary,
+                "figure": claim.figure, "asked": asked[claim.figure], "text": claim.text, **summary,
                 "threshold": find_threshold(claim, smaller), "percent": is_share(claim.key),
                 "signed": True})
     return records

@@ -45,13 +45,13 @@ def quantile(level, df):
     return float(mpmath.sqrt(df / x - df))
 
 
-def holm(p_values):
-    """Holm's correction of m values: the smallest times m, the next times m - 1, and so on, never
-    falling and at most 1."""
+def holm(p_values, m):
+    """Holm's correction of the p of m claims: the smallest times m, the next times m - 1, and so
+    on, never falling and at most 1. Claims that are not measured yet count as the largest."""
     corrected = [1.0] * len(p_values)
     largest = 0.0
     for i, index in enumerate(np.argsort(p_values)):
-        largest = max(largest, p_values[index] * (len(p_values) - i))
+        largest = max(largest, p_values[index] * (m - i))
         corrected[index] = min(1.0, largest)
     return corrected
 
@@ -73,10 +73,11 @@ def judge(claims):
     judged = []
     for figure in dict.fromkeys(claim["figure"] for claim in claims):
         family = [claim for claim in claims if claim["figure"] == figure]
-        corrected = holm([claim["p"] for claim in family])
+        asked = family[0].get("asked", len(family))
+        corrected = holm([claim["p"] for claim in family], asked)
         for claim, p in zip(family, corrected):
             df = claim["n"] - 1
-            wider = quantile(1 - 0.05 / len(family), df) / quantile(0.95, df)
+            wider = quantile(1 - 0.05 / asked, df) / quantile(0.95, df)
             verdict = find_verdict(claim["mean"], claim["half"] * wider, p, claim["threshold"])
             judged.append({**claim, "p": p, "verdict": verdict})
     return judged
@@ -166,7 +167,7 @@ SHOW = {
 
 
 def render(text):
-    """A page -> the page with what its comments ask for. ValueError: there is no such thing."""
+    """A page -> the page with what its comments ask for. Raises ValueError if it is not there."""
     def fill(match):
         start, kind, name, end = match.groups()
         experiment, _, rest = name.partition("/")

@@ -27,7 +27,7 @@ def run(words, environment, cwd, log):
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
     runpy.run_path(words[0], run_name="__main__")
-    atexit._run_exitfuncs()  # which a fork leaves out
+    atexit._run_exitfuncs()  # a fork skips these
 
 
 class Launch:
@@ -57,7 +57,7 @@ class Launch:
             process.join()
 
     def finish(self):
-        """Wait until all have ended, which has to be well."""
+        """Wait for all processes; an error in one of them is an error here."""
         for process in self.processes:
             process.join()
         assert [process.exitcode for process in self.processes] == [0] * len(self.processes), self.output()

@@ -56,6 +56,14 @@ def test_claims_are_about_runs(name, monkeypatch):
     assert len(texts) == len({*texts})
 
 
+def test_runs_with_the_same_name_are_the_same(monkeypatch):
+    """The experiments of the toy world share folders."""
+    runs = {}
+    for name in EXPERIMENTS[:3]:
+        for run, command in load(name, monkeypatch).RUNS.items():
+            assert runs.setdefault(run, command) == command
+
+
 def test_numbers_of_votes():
     """Forty pairs, two with wrong labels: the weakest, and one behind which there are 9 right."""
     measure = importlib.import_module("measure")
@@ -93,16 +101,17 @@ def test_verdicts_by_hand():
     """Three claims about Fig. 1, five seeds. Holm's p are 3 x 0.01, 2 x 0.02 and 0.4; Bonferroni's
     would be 0.03, 0.06 and 1. The interval of the third, 0.1 ± 0.35 points, lies within half a
     point. At the level 1 - 0.05 / 3 it does not: it is 3.961 / 2.776 times as wide, ± 0.50. About
-    Fig. 2 there is one claim, so the same interval counts."""
+    Fig. 2 there is one claim, so the same interval counts. Of the three about Fig. 5, two are not measured yet."""
     tables = importlib.import_module("tables")
     claims = [
         claim("Fig. 1", 0.02, 0.012, 0.01), claim("Fig. 1", 0.02, 0.014, 0.02),
         claim("Fig. 1", 0.001, 0.0035, 0.4), claim("Fig. 2", 0.001, 0.0035, 0.4),
-        claim("Fig. 3", -0.02, 0.01, 0.004), claim("Fig. 4", -0.004, 0.0005, 0.0001)]
+        claim("Fig. 3", -0.02, 0.01, 0.004), claim("Fig. 4", -0.004, 0.0005, 0.0001),
+        {**claim("Fig. 5", 0.02, 0.014, 0.02), "asked": 3}]
     judged = tables.judge(claims)
-    assert [x["p"] for x in judged] == pytest.approx([0.03, 0.04, 0.4, 0.4, 0.004, 0.0001])
+    assert [x["p"] for x in judged] == pytest.approx([0.03, 0.04, 0.4, 0.4, 0.004, 0.0001, 0.06])
     assert [x["verdict"] for x in judged] == [
-        "confirmed", "confirmed", "undecided", "no effect", "opposite", "opposite"]
+        "confirmed", "confirmed", "undecided", "no effect", "opposite", "opposite", "undecided"]
 
 
 def test_the_pages_show_the_results():

@@ -181,7 +181,8 @@ def test_family(name):
 
     common.prepare(half, settings(max_length=16)).eval()
     for max_length in (16, 64, 512) if name == "gpt_oss" else (16, 64):
-        half.share = common.can_share_prompts(half, max_length)
+        if max_length > 16:
+            half.share = common.can_share_prompts(half, max_length)
         assert half.share == expect_shared(name, max_length)
         error = (rewards_of(half, random_rows(max_length)) - plain[max_length]).abs()
         assert error.median() < 0.15  # rounding may choose other experts for a token

@@ -253,7 +253,9 @@ def test_bad_input(flags, named, script, folders, tmp_path):
         Path(f"{name}.jsonl").write_text("\n".join(json.dumps(row).strip('"') for row in rows) + "\n")
     Path("full").mkdir()
     Path("full/thesis.tex").write_text("mine")
-    script("baseline_rm.py", "--epochs", 0.2)
+    (RUN / "model").mkdir(parents=True)  # an earlier run
+    for name in ("args.json", "metrics.jsonl", "model/config.json"):
+        (RUN / name).write_text(f'{{"name": "{name}"}}\n')
     assert named in refused(script, *flags)
 
 

@@ -51,7 +51,7 @@ for name, flags in STRONGEST.items():
     RUNS[f"strongest-{name}"] = f"{VOTED} --percentiles 90 100 --epochs 16 {flags}"
 MODELS = ["baseline-1", "flip-1", "S3-1", "baseline-4", "flip-4", "S3-4"]
 FILES = " ".join(f"{name}=$dir/{name}/model" for name in MODELS)
-RUNS["eval"] = (
+RUNS["eval-denoising"] = (
     f"eval.py --eval-data wrong={TOY}/wrong.jsonl --max-length 64 --reward-models {FILES}")
 
 CLAIMS = [

@@ -38,8 +38,8 @@ for name, flags in CONTRASTIVE.items():
 for name, flags in META.items():
     SFT[name] = f"meta_rm.py {TRAIN} --meta-data {TOY}/meta.jsonl {flags}"
 RUNS = {**SFT, **RANDOM}
-RUNS["eval"] = eval_command(SFT)
-RUNS["random-eval"] = eval_command(RANDOM)
+RUNS["eval-generalisation"] = eval_command(SFT)
+RUNS["eval-random"] = eval_command(RANDOM)
 BASES = {**dict.fromkeys(SFT, "baseline"), **dict.fromkeys(RANDOM, "random-baseline")}
 
 CLAIMS = [Claim("section 3.1", "SimCSE beats SwAV", ID, "simcse", "swav")]

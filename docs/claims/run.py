@@ -13,12 +13,13 @@ so an experiment can go on elsewhere with this file alone. Experiments on real t
 To add the claim that label smoothing beats the baseline after one epoch, write in denoising.py:
 
     RUNS["smooth-1"] = f"{VOTED} --label-smoothing 0.2 --epochs 1"
+    BASES["smooth-1"] = "baseline-1"
     CLAIMS.append(Claim(
         figure="Fig. 8", text="Label smoothing beats the baseline after one epoch",
         key="eval/id/accuracy", larger="smooth-1", smaller="baseline-1"))
 
-`run.py denoising --runs smooth-1` does this run for every seed and measures all claims again. On a
-page, `<!-- verdict: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->`
+`run.py denoising --runs 'vote-0.1|smooth-1'` does this run for every seed, and the one that it
+needs, and measures all claims again. On a page, `<!-- verdict: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->`
 stands for its verdict, and `measured` instead of `verdict` for the number.
 
     a ± b         mean over the seeds, half-width of its 95 % interval (Student's t, paired by seed)
@@ -47,19 +48,21 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
-import transformers
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
-import common  # noqa: E402, F401  imported once: a run is a fork of this process
+import common  # noqa: E402  imported once: a run is a fork of this process
 import world  # noqa: E402
 from measure import measure_claims, measure_runs, read_numbers  # noqa: E402
 from tables import RESULTS, read_results, show_table  # noqa: E402
 
 
 def describe_code():
-    """The commit, the versions and the processor that a run is made by."""
+    """The commit, the versions and the processor that a run used."""
     commit = subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD")
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():
@@ -68,17 +71,17 @@ def describe_code():
             f"{transformers.__version__}, processor {processor}")
 
 
-def run_script(words, log):
+def run_script(words, path):
     """A script with its flags, as if started from a shell. What it prints goes to a file.
 
     Its folder then has made.json: by which code, in how many minutes of one core."""
-    with open(log, "w") as file:
+    with open(f"{path}.log", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = words
+    sys.argv = [*words, "--output-dir", str(path)]
     runpy.run_path(words[0], run_name="__main__")
     made = {"code": describe_code(), "minutes": time.process_time() / 60}
-    Path(words[-1], "made.json").write_text(json.dumps(made))
+    (path / "made.json").write_text(json.dumps(made))
 
 
 def run_once(name, command, folder, values):
@@ -87,9 +90,7 @@ def run_once(name, command, folder, values):
     if (path / "made.json").exists():
         return
     words = [string.Template(word).substitute(values) for word in command.split()]
-    words = [*words, "--output-dir", str(path)]
-    process = multiprocessing.get_context("fork").Process(
-        target=run_script, args=(words, f"{path}.log"))
+    process = multiprocessing.get_context("fork").Process(target=run_script, args=(words, path))
     process.start()
     process.join()
     if process.exitcode:
@@ -118,7 +119,8 @@ def run_missing(args, name, runs, folders, values, flips=()):
     """Do the runs whose names match --runs for the seeds that lack some in the results file."""
     numbers = read_old(name)["numbers"]
     chosen = {run: command for run, command in runs.items() if re.fullmatch(args.runs, run)}
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not chosen:
+        raise SystemExit(f"error: --runs {args.runs}: there are no such runs")
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
         futures = []
         for folder in folders:
@@ -133,7 +135,8 @@ def save_results(name, experiment, folders, about):
     """Measure what has been run, write docs/claims/results/<name>.json and print the verdicts."""
     old = read_old(name)
     numbers = read_numbers(experiment, folders, old["numbers"])
-    made = [json.loads(x.read_text()) for folder in folders for x in folder.glob("*/made.json")]
+    files = [folder / run / "made.json" for folder in folders for run in numbers]
+    made = [json.loads(path.read_text()) for path in files if path.exists()]
     minutes = [x for run in numbers.values() for x in run["minutes"].values()]
     results = {
         "about": about, "seeds": max(len(folders), old["seeds"]),
@@ -152,7 +155,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=["denoising", "generalisation", "ppo"])
-    parser.add_argument("--seeds", type=int, default=10, help="2 or more")
+    parser.add_argument("--seeds", type=common.in_range(int, 2), default=10)
     parser.add_argument("--jobs", type=int, default=1, help="processes; 0: only measure")
     parser.add_argument("--runs", default=".*", help="regular expression for their names")
     args = parser.parse_args()
