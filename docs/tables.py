@@ -25,7 +25,8 @@ import mpmath  # torch depends on it
 import numpy as np
 
 RESULTS = Path(__file__).parent / "claims/results"
-MARK = re.compile(r"(<!-- (table|number|measured|verdict|hours): ([^>]+?) -->).*?(<!-- end -->)", re.DOTALL)
+KINDS = "table|number|measured|verdict|hours"
+MARK = re.compile(rf"(<!-- ({KINDS}): ([^>]+?) -->).*?(<!-- end -->)", re.DOTALL)
 
 
 # Verdicts.

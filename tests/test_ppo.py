@@ -311,9 +311,9 @@ def test_bandit_reaches_its_optimum(ppo, llama, reward_model, tokenizer):
     """One prompt, responses of one token. With a KL penalty the best policy is pi_ref exp(r / beta), normalised, and
     can be computed. The divergence from it falls to a twentieth."""
     Path("one.jsonl").write_text(json.dumps({"prompt": "\n\nHuman: name two fruits\n\nAssistant:"}) + "\n")
-    ppo("--data", "one.jsonl", "--eval-data", "one=one.jsonl", "--iterations", 60, "--batch-size", 1,
+    ppo("--data", "one.jsonl", "--eval-data", "one=one.jsonl", "--iterations", 25, "--batch-size", 1,
         "--num-responses", 256, "--max-new-tokens", 1, "--reward-scaling", "none", "--reward-clip", 0,
-        "--missing-eos-penalty", 0, "--kl-coef", 0.5, "--lr", 6e-3, "--critic-lr", 2e-2, "--eval-every", 0)
+        "--missing-eos-penalty", 0, "--kl-coef", 0.5, "--lr", 1e-2, "--critic-lr", 2e-2, "--eval-every", 0)
     prompt = ppo_loop.load_prompts("one.jsonl", "train", tokenizer, args()).ids[0]
     start, end = (AutoModelForCausalLM.from_pretrained(name) for name in (llama, RUN / "policy"))
     reward = AutoModelForSequenceClassification.from_pretrained(reward_model)

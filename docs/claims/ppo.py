@@ -3,11 +3,11 @@
 import denoising
 import generalisation
 from measure import Claim
-from world import TOY, TRAIN
+from world import MODEL, TOY, TRAIN
 
 FLIPS = [0.1]  # fraction of the annotators' labels that are flipped
 PPO = (
-    f"ppo_loop.py --model $model --data {TOY}/train.jsonl --gold docs/toy/make.py --seed $seed "
+    f"ppo_loop.py --model {MODEL} --data {TOY}/train.jsonl --gold docs/toy/make.py --seed $seed "
     f"--eval-data id={TOY}/id.jsonl ood={TOY}/ood.jsonl --epochs 2 --batch-size 16 --lr 1e-3 "
     "--critic-lr 1e-3 --max-length 64 --max-new-tokens 12 --rollout-batch-size 64 --temperature 1 "
     "--reward-clip 0 --eval-every 0 --save-every 0")
@@ -30,13 +30,13 @@ for name in HELD:
     RUNS[f"held-{name}"] = f"{PPO} --iterations 200 --kl-coef 0.2 --reward-model $dir/{name}/model"
 RUNS["once"] = f"{PPO} --iterations 300 --kl-coef 0.2 --reward-model $dir/baseline/model"
 for method, eta in (("meta", 0.01), ("plain", 0)):  # three rounds, with the meta step and without
-    policy = "$model"
+    policy = MODEL
     samples = f"{TOY}/meta.jsonl"
     for i in (1, 2, 3):
         RUNS[f"rm-{method}-{i}"] = (
             f"meta_rm.py {TRAIN} --ascent normalized --eta {eta} --meta-data {samples}")
         RUNS[f"{method}-{i}"] = (
-            f"{PPO} --model {policy} --reference $model --reward-model $dir/rm-{method}-{i}/model "
+            f"{PPO} --model {policy} --reference {MODEL} --reward-model $dir/rm-{method}-{i}/model "
             f"--kl-coef 0.2 --iterations 100 --seed {i}$seed")
         policy = f"$dir/{method}-{i}/policy"
         samples = f"$dir/{method}-{i}/samples.jsonl"

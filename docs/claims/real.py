@@ -171,7 +171,7 @@ if __name__ == "__main__":
             (folder / "wrong.jsonl").write_text("".join(wrong))
     runs = make_runs(args)
     if args.jobs:
-        run_missing(args, args.name, runs, folders, {})
+        run_missing(args, args.name, runs, folders)
     experiment = types.SimpleNamespace(
         RUNS=runs, COLUMNS=make_columns(args), CLAIMS=make_claims(args), BASES=make_bases(args))
     save_results(args.name, experiment, folders, args.about)

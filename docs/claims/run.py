@@ -6,9 +6,9 @@
 
 A run is a command line of one of the scripts. It is done once for each seed, in
 runs/claims/<seed>/<run>; finished runs are skipped. A seed has its own comparisons, meta set,
-reward heads, data order and samples, but the SFT model is shared. What each run of each seed gave
-is in docs/claims/results/<experiment>.json, and a seed with all its runs there is not run again,
-so an experiment can go on elsewhere with this file alone. Experiments on real text: real.py.
+reward heads, data order and samples, but the SFT model is shared. The numbers of each run and seed
+are in docs/claims/results/<experiment>.json. A seed with all its runs there is not run again, so
+an experiment can go on elsewhere with this file alone. Experiments on real text: real.py.
 
 To add the claim that label smoothing beats the baseline after one epoch, write in denoising.py:
 
@@ -18,9 +18,10 @@ To add the claim that label smoothing beats the baseline after one epoch, write 
         figure="Fig. 8", text="Label smoothing beats the baseline after one epoch",
         key="eval/id/accuracy", larger="smooth-1", smaller="baseline-1"))
 
-`run.py denoising --runs 'vote-0.1|smooth-1'` does this run for every seed, and the one that it
-needs, and measures all claims again. On a page, `<!-- verdict: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->`
-stands for its verdict, and `measured` instead of `verdict` for the number.
+`run.py denoising --runs 'vote-0.1|smooth-1'` does this run and the one that it needs for every seed.
+On a page this comment stands for the verdict, and with `measured` instead for the number:
+
+    <!-- verdict: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->
 
     a ± b         mean over the seeds, half-width of its 95 % interval (Student's t, paired by seed)
     p             two-sided, with Holm's correction for the claims with the same figure
@@ -85,7 +86,7 @@ def run_script(words, path):
 
 
 def run_once(name, command, folder, values):
-    """One run of one seed, in a process of its own. Its folder has made.json when it is finished."""
+    """One run of one seed, in a process of its own, unless its folder has made.json already."""
     path = folder / name
     if (path / "made.json").exists():
         return
@@ -98,7 +99,7 @@ def run_once(name, command, folder, values):
     print(f"{time.strftime('%H:%M')} {path}", flush=True)
 
 
-def run_seed(runs, folder, values, flips=()):
+def run_seed(runs, folder, flips=()):
     """The missing runs of a seed, one after the other, because they need each other. In a command,
     $dir is the folder of the seed, $seed its number and $voter the seed of its first voter."""
     os.chdir(ROOT)
@@ -106,16 +107,18 @@ def run_seed(runs, folder, values, flips=()):
     for flip in flips:
         world.make_world(folder / f"toy-{flip}", seed, flip)
     for name, command in runs.items():
-        run_once(name, command, folder, {"dir": folder, "seed": seed, "voter": 10 * seed, **values})
+        run_once(name, command, folder, {"dir": folder, "seed": seed, "voter": 10 * seed})
 
 
 def read_old(name):
     """-> the results file of an experiment, if there is one."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {"seeds": 0, "code": [], "numbers": {}}
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"seeds": 0, "code": [], "numbers": {}}
 
 
-def run_missing(args, name, runs, folders, values, flips=()):
+def run_missing(args, name, runs, folders, flips=()):
     """Do the runs whose names match --runs for the seeds that lack some in the results file."""
     numbers = read_old(name)["numbers"]
     chosen = {run: command for run, command in runs.items() if re.fullmatch(args.runs, run)}
@@ -126,7 +129,7 @@ def run_missing(args, name, runs, folders, values, flips=()):
         for folder in folders:
             minutes = [numbers.get(run, {}).get("minutes", {}) for run in chosen]
             if not all(folder.name in x for x in minutes):
-                futures.append(pool.submit(run_seed, chosen, folder, values, flips))
+                futures.append(pool.submit(run_seed, chosen, folder, flips))
     for future in futures:
         future.result()
 
@@ -139,8 +142,7 @@ def save_results(name, experiment, folders, about):
     made = [json.loads(path.read_text()) for path in files if path.exists()]
     minutes = [x for run in numbers.values() for x in run["minutes"].values()]
     results = {
-        "about": about, "seeds": max(len(folders), old["seeds"]),
-        "hours": round(sum(minutes) / 60, 2),
+        "about": about, "seeds": max(len(folders), old["seeds"]), "hours": round(sum(minutes) / 60, 2),
         "code": sorted({*old["code"], *(x["code"] for x in made)}),
         "runs": measure_runs(experiment, numbers),
         "claims": measure_claims(experiment.CLAIMS, numbers), "numbers": numbers}
@@ -163,5 +165,5 @@ if __name__ == "__main__":
     experiment = importlib.import_module(args.experiment)
     folders = [ROOT / f"runs/claims/{seed}" for seed in range(args.seeds)]
     if args.jobs:
-        run_missing(args, args.experiment, experiment.RUNS, folders, {"model": world.MODEL}, experiment.FLIPS)
+        run_missing(args, args.experiment, experiment.RUNS, folders, experiment.FLIPS)
     save_results(args.experiment, experiment, folders, "toy world")

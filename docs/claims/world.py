@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "docs/toy/model"
+MODEL = "docs/toy/model"
 sys.path.append(str(ROOT / "docs/toy"))
 import make  # noqa: E402
 
 TOY = "$dir/toy-0.1"  # the files of a seed with 10 % of the labels flipped, as in docs/toy
 SETTING = (
-    f"--model $model --data {TOY}/train.jsonl --batch-size 32 --lr 5e-4 --max-length 64 --epochs 3")
+    f"--model {MODEL} --data {TOY}/train.jsonl --batch-size 32 --lr 5e-4 --max-length 64 --epochs 3")
 VOTE = f"vote_strength.py {SETTING} --seed $voter --eval-data noisy={TOY}/noisy.jsonl"
 TRAIN = (
     f"{SETTING} --seed $seed --eval-every 0 --save-every 0 --eval-data id={TOY}/id.jsonl "
@@ -48,7 +48,7 @@ def make_world(folder, seed, flip):
             files["pairs"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
     torch.manual_seed(seed)
-    policy = AutoModelForCausalLM.from_pretrained(MODEL)
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / MODEL)
     prompts = [row["prompt"] for row in files["train"][:1000]]
     files["meta"] = make.sample(policy, tokenizer, prompts, 5)
     for name, rows in files.items():
