@@ -26,7 +26,11 @@ def run(words, environment, cwd, log):
     os.chdir(cwd)
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
-    runpy.run_path(words[0], run_name="__main__")
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as Python does; a fork would not
+        sys.exit(1)
     atexit._run_exitfuncs()  # a fork skips these
 
 

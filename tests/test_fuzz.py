@@ -46,7 +46,7 @@ def test_broken_rows(form, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer, rng, outcomes = toy.make_tokenizer(), random.Random(form), set()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-    for i in range(40):
+    for i in range(25):
         name, rows = f"{i}.jsonl", [make_row(form, rng) for _ in range(6)]
         break_row(rng.choice(rows), rng)
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))

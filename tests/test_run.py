@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, data, launch, settings, small, toy
+from conftest import ROOT, TINY, data, launch, settings, toy
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -189,11 +188,9 @@ def test_killed_and_resumed(ranks, script, llama, tmp_path):
 def test_an_error_is_one_line(llama, tmp_path):
     """By the hook of common.setup."""
     (tmp_path / "a-file").touch()
-    flags = [*small("baseline_rm.py", llama), "--output-dir", "a-file/run"]
-    process = subprocess.run(
-        [sys.executable, ROOT / "baseline_rm.py", *flags], cwd=tmp_path, text=True, capture_output=True)
-    error = process.stderr
-    assert process.returncode == 1 and error.startswith("error: NotADirectoryError: ") and error.count("\n") == 1
+    with pytest.raises(AssertionError) as error:
+        launch(llama, "baseline_rm.py", "--output-dir", tmp_path / "a-file/run").finish()
+    assert "\nerror: NotADirectoryError: " in str(error.value) and "Traceback" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
