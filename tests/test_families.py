@@ -70,6 +70,14 @@ NOT_IN_BF16 = {  # families that FSDP cannot run in bf16, in either layout, and 
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    """2,048 tokens are worth a second thread."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 def read_classes():
     """The sources of all classes in transformers' models, by name."""
     sources = {}

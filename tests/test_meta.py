@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import launch, settings, toy
-from test_run import assert_close, ends_alike, records, weights
+from test_run import assert_close, interrupt, records, weights
 from transformers import AutoModelForCausalLM
 
 import common
@@ -121,23 +121,20 @@ def test_shift_is_what_arrives_in_bf16(script, llama, tokenizer, meta):
 
 
 def test_micro_batches_and_ranks_do_not_change_the_run(llama, tmp_path, script, meta):
-    train(script, "--eta", 0.1, "--output-dir", "one")
-    train(script, "--eta", 0.1, "--output-dir", "micro", "--micro-batch-tokens", 1)
-    launch(llama, "meta_rm.py", "--meta-data", "meta.jsonl", "--meta-batch-size", 4, "--eta", 0.1,
-           "--output-dir", "two", ranks=2).finish()
+    flags = ["--eta", 0.1, "--epochs", 1, "--output-dir"]
+    train(script, *flags, "one")
+    train(script, *flags, "micro", "--micro-batch-tokens", 1)
+    launch(llama, "meta_rm.py", "--meta-data", "meta.jsonl", "--meta-batch-size", 4, *flags, "two", ranks=2).finish()
     assert_close("micro", "one")
     assert_close("two", "one")
 
 
-def test_killed_and_resumed(llama, tmp_path, meta, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def start(folder, *more):
-        return launch(llama, "meta_rm.py", "--epochs", 8, "--save-every", 20, "--eval-every", 0, "--eta", 0.1,
-                     "--meta-data", "meta.jsonl", "--output-dir", folder, *more)
-
-    start(tmp_path / "whole").finish()
-    ends_alike(start, tmp_path / "whole", tmp_path / "broken", "checkpoint-20")
+def test_interrupted_and_resumed(script, meta, monkeypatch):
+    train(script, "--eta", 0.1, "--output-dir", "whole")
+    flags = ["--eta", 0.1, "--save-every", 5, "--output-dir", "broken"]
+    interrupt(monkeypatch, 8, train, script, *flags)
+    train(script, *flags, "--resume")
+    assert_close("broken", "whole", rel=0)
 
 
 @pytest.mark.parametrize("change", ["none", "one response", "equal responses", "uneven", "one row"])

@@ -17,7 +17,7 @@ from conftest import ROOT, data, launch, settings, toy
 from launch import Launch
 from safetensors.torch import load_file
 from test_batch import DATA, ROWS, SEPARATES, SHARES, load
-from test_run import ends_alike, records
+from test_run import interrupt, records
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForCausalLM)
@@ -422,7 +422,7 @@ def test_a_run_and_its_samples(ppo, llama, tokenizer):
 
 
 def test_micro_batches_and_ranks_do_not_change_the_run(ppo, llama, tmp_path):
-    flags = ["--lr", 1e-3, "--iterations", 3, "--batch-size", 9]  # a batch that ranks and chunks do not divide
+    flags = ["--lr", 1e-3, "--iterations", 2, "--batch-size", 9]  # a batch that ranks and chunks do not divide
     ppo(*flags, "--output-dir", "one")
     ppo(*flags, "--output-dir", "micro", "--micro-batch-tokens", 1)
     launch(llama, "ppo_loop.py", *SMALL, *flags, "--output-dir", "two", ranks=2).finish()
@@ -432,24 +432,20 @@ def test_micro_batches_and_ranks_do_not_change_the_run(ppo, llama, tmp_path):
             assert one == pytest.approx(two, rel=2e-3, abs=1e-5)
 
 
-def test_killed_and_resumed_with_tied_weights(tmp_path, tokenizer, reward_model, monkeypatch):
+def test_interrupted_and_resumed_with_tied_weights(ppo, tokenizer, reward_model, monkeypatch):
     """The embedding and the head are one tensor, as in Qwen2.5 0.5B and Gemma: written once, loaded into both."""
-    LlamaForCausalLM(LlamaConfig.from_pretrained(reward_model, tie_word_embeddings=True)).save_pretrained(
-        tmp_path / "tied")
-    tokenizer.save_pretrained(tmp_path / "tied")
-    shutil.copytree(reward_model, tmp_path / "rm")
-    monkeypatch.chdir(tmp_path)
-
-    def start(folder, *more):
-        return launch(tmp_path / "tied", "ppo_loop.py", *SMALL, "--iterations", 12, "--save-every", 4, "--lr", 1e-3,
-                      "--output-dir", folder, *more)
-
-    start(tmp_path / "whole").finish()
-    ends_alike(start, tmp_path / "whole", tmp_path / "broken", "checkpoint-4")
-    assert (tmp_path / "whole/samples.jsonl").read_text() == (tmp_path / "broken/samples.jsonl").read_text()
-    (tmp_path / "rm/model.safetensors").touch()  # another reward model is not taken for the one the run began with
-    with pytest.raises(AssertionError, match="--resume"):
-        start(tmp_path / "broken", "--resume").finish()
+    LlamaForCausalLM(LlamaConfig.from_pretrained(reward_model, tie_word_embeddings=True)).save_pretrained("tied")
+    tokenizer.save_pretrained("tied")
+    flags = ["--model", "tied", "--lr", 1e-3, "--output-dir"]
+    ppo(*flags, "whole")
+    interrupt(monkeypatch, 5, ppo, *flags, "broken", "--save-every", 2)
+    ppo(*flags, "broken", "--save-every", 2, "--resume")
+    assert records("broken") == records("whole")
+    for name in ("policy/model.safetensors", "samples.jsonl"):
+        assert Path("broken", name).read_bytes() == Path("whole", name).read_bytes()
+    Path("rm/model.safetensors").touch()  # another reward model is not taken for the one the run began with
+    with pytest.raises(SystemExit, match="--resume"):
+        ppo(*flags, "broken", "--save-every", 2, "--resume")
 
 
 def test_gold_gets_the_texts_of_conversations(ppo, llama):

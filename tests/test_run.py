@@ -54,6 +54,18 @@ def ends_alike(start, whole, broken, sign):
         assert (broken / path.relative_to(whole)).read_bytes() == path.read_bytes()
 
 
+def interrupt(monkeypatch, step, run, *flags):
+    """A run that ends like one with Ctrl-C, after `step` is logged."""
+    def log(folder, done, metrics, log=common.log):
+        log(folder, done, metrics)
+        if done == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "log", log)
+        run(*flags)
+
+
 # ---------------------------------------------------------------------------------------------------------- what it is
 def test_loss_and_metrics():
     rewards = torch.tensor([[0, 0], [1, -1], [-3, 5], [200, -200], [-200, 200]]).double().requires_grad_()
