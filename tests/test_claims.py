@@ -64,6 +64,14 @@ def test_runs_with_the_same_name_are_the_same(monkeypatch):
             assert runs.setdefault(run, command) == command
 
 
+def test_a_missing_run_brings_what_it_needs():
+    run = importlib.import_module("run")
+    runs = {"vote": "a", "other": "b", "flip": "c $dir/vote/train.jsonl", "eval": "d $dir/flip/model", "last": "e"}
+    assert [*run.find_needed(runs, ".*", {"vote", "flip", "last"})] == ["vote", "other", "flip", "eval"]
+    assert [*run.find_needed(runs, "flip", {"vote"})] == ["vote", "flip"]
+    assert run.find_needed(runs, ".*", {*runs}) == run.find_needed(runs, "evil", {}) == {}
+
+
 def test_numbers_of_votes():
     """Forty pairs, two with wrong labels: the weakest, and one behind which there are 9 right."""
     measure = importlib.import_module("measure")

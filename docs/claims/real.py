@@ -23,9 +23,6 @@ META = {"meta-0": "--eta 0", "plain-5e-6": "--eta 5e-6"}
 for eta in ("1e-3", "1e-2", "1e-1"):
     for update in ("restore", "alternate"):
         META[f"{update}-{eta}"] = f"--eta {eta} --ascent normalized --update {update}"
-TENTHS = {
-    "tenth-0": "--percentiles 0 10", "tenth-50": "--percentiles 50 60",
-    "tenth-90": "--percentiles 90 100", "tenth-0-flipped": "--percentiles 0 10 --flip 1"}
 TEST = "eval/test/accuracy"
 WRONG = "eval/wrong/accuracy"
 
@@ -79,8 +76,6 @@ def make_runs(args):
         runs[f"baseline-{epochs}"] = f"baseline_rm.py {train} --epochs {epochs}"
         for name, flags in make_methods(args).items():
             runs[f"{name}-{epochs}"] = f"{voted} {flags} --epochs {epochs}"
-    for name, flags in TENTHS.items():
-        runs[name] = f"{voted} {flags} --epochs 8"
     for name, flags in CONTRASTIVE.items():
         runs[name] = f"contrastive_rm.py {train} {flags}"
     models = " ".join(f"{name}=$dir/{name}/model" for name in CONTRASTIVE)
@@ -125,10 +120,6 @@ def make_claims(args):
         Claim("Fig. 3", "The strongest tenth is right: less than 5 % are wrong",
               "share wrong, tenth 10", larger=0.05, smaller="vote"),
         Claim("Fig. 3", "Labels below 0 are mostly wrong", "share wrong below 0", "vote", 0.5),
-        Claim("Fig. 4", "The weakest tenth teaches the opposite", TEST, 0.5, "tenth-0"),
-        Claim("Fig. 4", "The strongest tenth loses to a normal one", TEST, "tenth-50", "tenth-90"),
-        Claim("Fig. 5", "The weakest tenth, flipped, is right", TEST, "tenth-0-flipped", 0.5),
-        Claim("Fig. 5", "The same beats a normal one", TEST, "tenth-0-flipped", "tenth-50"),
         Claim("Fig. 8", "The second epoch fits wrong labels", WRONG, "baseline-2", "baseline-1"),
         Claim("Fig. 11", "SimCSE separates the two sides", "test/overlap", "dropout", "simcse"),
         Claim("section 3.1", "SimCSE beats dropout alone", TEST, "simcse", "dropout"),

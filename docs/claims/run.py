@@ -5,10 +5,10 @@
     python docs/tables.py docs/results.md README.md            fills in the tables of the pages
 
 A run is a command line of one of the scripts. It is done once for each seed, in
-runs/claims/<seed>/<run>; finished runs are skipped. A seed has its own comparisons, meta set,
-reward heads, data order and samples, but the SFT model is shared. The numbers of each run and seed
-are in docs/claims/results/<experiment>.json. A seed with all its runs there is not run again, so
-an experiment can go on elsewhere with this file alone. Experiments on real text: real.py.
+runs/claims/<seed>/<run>. A seed has its own comparisons, meta set, reward heads, data order and
+samples, but the SFT model is shared. The numbers of each run and seed are written to
+docs/claims/results/<experiment>.json. Runs with numbers there are not done again, so an experiment
+can go on elsewhere with this file alone. Experiments on real text: real.py.
 
 To add the claim that label smoothing beats the baseline after one epoch, write in denoising.py:
 
@@ -18,8 +18,8 @@ To add the claim that label smoothing beats the baseline after one epoch, write 
         figure="Fig. 8", text="Label smoothing beats the baseline after one epoch",
         key="eval/id/accuracy", larger="smooth-1", smaller="baseline-1"))
 
-`run.py denoising --runs 'vote-0.1|smooth-1'` does this run and the one that it needs for every seed.
-On a page this comment stands for the verdict, and with `measured` instead for the number:
+`run.py denoising --runs smooth-1` does this run, and those that it needs, for every seed. On a page
+this comment stands for the verdict, and with `measured` instead for the number:
 
     <!-- verdict: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->
 
@@ -118,18 +118,26 @@ def read_old(name):
     return {"seeds": 0, "code": [], "numbers": {}}
 
 
+def find_needed(runs, pattern, done):
+    """The runs that match a regular expression and are not done, and those whose files they need."""
+    needed = {}
+    for name in reversed(runs):
+        is_missing = re.fullmatch(pattern, name) and name not in done
+        if is_missing or any(f"$dir/{name}/" in command for command in needed.values()):
+            needed[name] = runs[name]
+    return dict(reversed(needed.items()))
+
+
 def run_missing(args, name, runs, folders, flips=()):
-    """Do the runs whose names match --runs for the seeds that lack some in the results file."""
+    """Do the runs that match --runs for the seeds that lack them in the results file."""
     numbers = read_old(name)["numbers"]
-    chosen = {run: command for run, command in runs.items() if re.fullmatch(args.runs, run)}
-    if not chosen:
-        raise SystemExit(f"error: --runs {args.runs}: there are no such runs")
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
         futures = []
         for folder in folders:
-            minutes = [numbers.get(run, {}).get("minutes", {}) for run in chosen]
-            if not all(folder.name in x for x in minutes):
-                futures.append(pool.submit(run_seed, chosen, folder, flips))
+            done = {run for run in numbers if folder.name in numbers[run]["minutes"]}
+            needed = find_needed(runs, args.runs, done)
+            if needed:
+                futures.append(pool.submit(run_seed, needed, folder, flips))
     for future in futures:
         future.result()
 
