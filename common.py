@@ -699,7 +699,7 @@ def can_share_prompts(model, max_length):
         batch = collate(datasets.Dataset.from_dict(columns), [0], model.device, share)
         return model(batch, with_features=True)[1][0]
 
-    def difference(a, b):
+    def relative_error(a, b):
         """The largest relative difference between the features (k, hidden) of a response."""
         distance = (a - b).norm(dim=-1)
         return (distance / b.norm(dim=-1)).max()
@@ -717,9 +717,9 @@ def can_share_prompts(model, max_length):
 
     # The two layouts round differently, by 1e-6, in bf16 by 0.1. A wrong one differs by about 1.
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.2
-    same = difference(shared, separate) < tolerance
+    same = relative_error(shared, separate) < tolerance
     # Other long responses must change nothing: there is no rounding here, so weak leaks show too.
-    leak = difference(changed[-2:], shared[-2:]) > 1e-4
+    leak = relative_error(changed[-2:], shared[-2:]) > 1e-4
     return bool(same and not leak)
 
 

@@ -119,6 +119,7 @@ def parse_args():
         help="recompute activations in the backward pass: less memory, about a third slower")
     add("--offload", action="store_true",
         help="keep weights, gradients and optimizer state in host memory")
+    # new defaults, which flags on the command line override
     known = parser.parse_known_args()[0]
     if is_toy(known.model):
         parser.set_defaults(**TOY_DATA | TOY_SETTINGS)
@@ -249,8 +250,9 @@ if __name__ == "__main__":
     num_views = 2 if args.dropout > 0 else 1
     hidden_size = model.hf_model.score.in_features
 
-    # UNSTATED: the prototypes learn from the first step on. SwAV's own code freezes them for 313
-    # steps. Every rank has a copy, and equal gradients keep the copies equal.
+    # UNSTATED: the prototypes learn from the first step on, and their gradient is not clipped.
+    # SwAV's own code freezes them for 313 steps. Every rank has a copy, and equal gradients keep
+    # the copies equal.
     modules = nn.ModuleDict({"model": model})
     if args.method == "swav":
         torch.manual_seed(args.seed)
@@ -298,7 +300,8 @@ if __name__ == "__main__":
                 for view, batch, _, features in views:
                     all_features[view, batch.index] = features
             dist.all_reduce(all_features)  # every rank has filled in its own rows
-            h_s, h_t = stack_samples(all_features.requires_grad_(), args.on)
+            all_features.requires_grad_()  # its .grad is what the second pass needs
+            h_s, h_t = stack_samples(all_features, args.on)
             if args.method == "simcse":
                 contrastive = simcse_loss(h_s, h_t, args.temperature)
             else:

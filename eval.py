@@ -122,7 +122,8 @@ def parse_args():
     add("--judge-model", default="default",
         help="name of the server's model; the key is read from OPENAI_API_KEY")
     add("--output-dir", default="runs/eval", help="folder for eval.md, eval.json and eval.png")
-    add("--plot", action="store_true", help="draw eval.png (needs matplotlib)")
+    add("--plot", action="store_true",
+        help="draw eval.png of the sets of --eval-data (needs matplotlib)")
     add("--max-length", type=int,
         help="maximum length of prompt plus response in tokens; longer prompts are truncated from "
         "the left; by default what every model can read, at most 2048")
@@ -257,8 +258,8 @@ def as_dialogue(prompt, responses, prompt_format):
 def score_responses(model, tokenizer, items, source, args):
     """List of (prompt, k responses), where k may differ -> list of rewards (k,).
 
-    They are NaN where a response leaves no room for the prompt. Stops with an error that names a
-    row that cannot be tokenised."""
+    They are NaN where a response leaves no room for the prompt. Stops with an error that quotes the
+    prompt of a row that cannot be tokenised."""
     rewards = []
     groups = {}  # compute_rewards wants equally many responses in each row
     for i, (prompt, responses) in enumerate(items):
@@ -266,7 +267,7 @@ def score_responses(model, tokenizer, items, source, args):
             dialogue = as_dialogue(prompt, responses, args.prompt_format)
             prompt_ids, response_ids, _ = encode(*dialogue, tokenizer, args.max_length)
         except Exception as error:  # a chat template may raise anything
-            fatal(f"{source}: row {i + 1}: {error!r}")
+            fatal(f"{source}: the row of the prompt {str(prompt)[-60:]!r}: {error!r}")
         rewards.append(np.full(len(responses), math.nan))
         if prompt_ids:
             groups.setdefault(len(responses), []).append({

@@ -31,7 +31,7 @@ world and on the real text that we tried, it did not improve accuracy (docs/resu
 
 In a training loop of your own, once per optimizer step and before any gradient accumulation:
 
-    difference(rewards_of_meta_batch).mean().backward()             # rewards (B, k)
+    difference_loss(rewards_of_meta_batch).mean().backward()        # rewards (B, k)
     params = [p for p in model.parameters() if p.grad is not None]
     saved = [p.detach().clone() for p in params]
     with torch.no_grad():
@@ -134,8 +134,9 @@ def parse_args():
     return parser.parse_args()
 
 
-def difference(rewards):
-    """J of Eq. 11 for each prompt: rewards (B, k) -> (B,).
+def difference_loss(rewards):
+    """J of Eq. 11 for each prompt: rewards (B, k) -> (B,). It is maximised, although the papers
+    call it a loss.
 
     Where two rewards are equal, its gradient is 0."""
     k = rewards.size(1)
@@ -207,7 +208,7 @@ def evaluate_meta(model, held_out, micro_tokens):
     i, j = torch.triu_indices(rewards.size(1), rewards.size(1), 1)
     gaps = (rewards[:, i] - rewards[:, j]).abs()
     print0(f"mean |reward difference| on held-out meta data: {gaps.mean():.3f}")
-    return {"eval/meta/J": difference(rewards).mean().item(),
+    return {"eval/meta/J": difference_loss(rewards).mean().item(),
             "eval/meta/difference": gaps.mean().item()}
 
 
@@ -262,7 +263,7 @@ if __name__ == "__main__":
             index = batch_indices(len(meta), args.meta_batch_size, args.seed, step)
             J = 0.0
             for batch in micro_batches(meta, index, args.micro_batch_tokens, model):
-                objective = difference(model(batch)).sum() / len(index)
+                objective = difference_loss(model(batch)).sum() / len(index)
                 objective.backward()
                 J += objective.detach()
             dist.all_reduce(J)

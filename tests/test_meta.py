@@ -36,14 +36,14 @@ def train(script, *flags):
 def test_objective_and_its_bounds():
     """k = 5: 0.4 where all are equal, always below 0.8; only differences count. And one value by hand."""
     equal = torch.full((3, 5), 1.7, dtype=torch.float64, requires_grad=True)
-    assert meta_rm.difference(equal).tolist() == pytest.approx([0.4] * 3)
-    assert torch.autograd.grad(meta_rm.difference(equal).sum(), equal)[0].abs().max() == 0
+    assert meta_rm.difference_loss(equal).tolist() == pytest.approx([0.4] * 3)
+    assert torch.autograd.grad(meta_rm.difference_loss(equal).sum(), equal)[0].abs().max() == 0
     rewards = 9 * torch.randn(1000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    values = meta_rm.difference(rewards)
+    values = meta_rm.difference_loss(rewards)
     assert 0.4 < values.min() and values.max() < 0.8
-    torch.testing.assert_close(meta_rm.difference(rewards.flip(1) + 3), values)
+    torch.testing.assert_close(meta_rm.difference_loss(rewards.flip(1) + 3), values)
     by_hand = 2 / 9 * sum(1 / (1 + math.exp(-gap)) for gap in (1, 4, 3))
-    assert meta_rm.difference(torch.tensor([[0.0, 1.0, -3.0]])).item() == pytest.approx(by_hand)
+    assert meta_rm.difference_loss(torch.tensor([[0.0, 1.0, -3.0]])).item() == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("update, ascent", [("restore", "plain"), ("alternate", "normalized")])
