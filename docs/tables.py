@@ -9,6 +9,9 @@ fills in what stands between two comments:
     <!-- table: denoising/vote-.*/tenth .* --><!-- end -->           and columns that match one
     <!-- table: denoising/claims --><!-- end -->           the verdicts of an experiment
     <!-- table: denoising/claims/Fig. 4, Fig. 5 --><!-- end -->     those of two figures
+    <!-- pivot: denoising/(.*)-([148])/gold, % --><!-- end -->      a column of runs; the groups of
+        the regular expression are the names of its row and its column
+    <!-- pivot: denoising/claims/(.*) beats the baseline, (.*) --><!-- end -->        of claims
     <!-- number: denoising/vote-0.1/wrong labels, % --><!-- end -->
     <!-- measured: denoising/Smoothing keeps the loss low --><!-- end -->      a claim's number
     <!-- verdict: denoising/Smoothing keeps the loss low --><!-- end -->       and its verdict
@@ -25,7 +28,7 @@ import mpmath  # torch depends on it
 import numpy as np
 
 RESULTS = Path(__file__).parent / "claims/results"
-KINDS = "table|number|measured|verdict|hours"
+KINDS = "table|pivot|number|measured|verdict|hours"
 MARK = re.compile(rf"(<!-- ({KINDS}): ([^>]+?) -->).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -113,12 +116,16 @@ def markdown(head, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def show_p(p):
+    return "<0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
 def show_claims(results, figures):
     rows = []
     for claim in results["claims"]:
         if claim["figure"] in figures or not figures:
-            p = "<0.0001" if claim["p"] < 0.0001 else f"{claim['p']:.2g}"
             measured = show(claim, results["seeds"], " points")
+            p = show_p(claim["p"])
             rows.append([claim["figure"], claim["text"], measured, p, claim["verdict"]])
     return markdown(["figure", "claim", "measured", "p", "verdict"], rows)
 
@@ -139,6 +146,30 @@ def show_table(results, name):
     if runs == "claims":
         return show_claims(results, columns.split(", ") if columns else [])
     return show_runs(results, runs, columns or ".*")
+
+
+def show_pivot(results, name):
+    pattern, _, rest = name.partition("/")
+    texts = {}
+    if pattern == "claims":
+        pattern = rest
+        for claim in results["claims"]:
+            measured = show(claim, results["seeds"], " points")
+            texts[claim["text"]] = f"{measured}, p {show_p(claim['p'])}: {claim['verdict']}"
+    else:
+        for run, numbers in results["runs"].items():
+            texts[run] = show(numbers.get(rest), results["seeds"])
+
+    cells = {}
+    for key, text in texts.items():
+        match = re.fullmatch(pattern, key)
+        if match:
+            cells[match.groups()] = text
+    columns = list(dict.fromkeys(column for _, column in cells))
+    rows = []
+    for row in dict.fromkeys(row for row, _ in cells):
+        rows.append([row, *(cells.get((row, column), "-") for column in columns)])
+    return markdown(["", *columns], rows)
 
 
 def show_number(results, place):
@@ -163,8 +194,8 @@ def show_hours(results, _):
 
 
 SHOW = {
-    "table": show_table, "number": show_number, "measured": show_measured, "verdict": show_verdict,
-    "hours": show_hours}
+    "table": show_table, "pivot": show_pivot, "number": show_number, "measured": show_measured,
+    "verdict": show_verdict, "hours": show_hours}
 
 
 def render(text):
@@ -176,7 +207,7 @@ def render(text):
             content = SHOW[kind](read_results(experiment), rest)
         except (OSError, KeyError, StopIteration, ValueError):
             raise ValueError(f"{RESULTS} has no {kind} {name}") from None
-        return f"{start}\n{content}\n{end}" if kind == "table" else f"{start}{content}{end}"
+        return f"{start}\n{content}\n{end}" if "\n" in content else f"{start}{content}{end}"
 
     return MARK.sub(fill, text)
 

@@ -140,11 +140,15 @@ def test_a_changed_digit_is_rendered_again(monkeypatch, tmp_path):
     (tmp_path / "trial.json").write_text(json.dumps(results))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     marks = ["table: trial/S.*/test.*", "measured: trial/Fig. 1 0.01", "verdict: trial/Fig. 1 0.01",
-             "number: trial/S3-1/loss", "hours: trial"]
+             "number: trial/S3-1/loss", "hours: trial",
+             r"pivot: trial/(.*)-(\d)/test, %", "pivot: trial/claims/(.*) (0.*)"]
     page = tables.render(" and ".join(f"<!-- {mark} --><!-- end -->" for mark in marks))
+    assert "|  | 1 |\n| --- | --- |\n| S3 | 87.1 ± 1.2 |\n" in page
+    assert "| Fig. 1 | +2.0 ± 1.2 points, p 0.01: confirmed |" in page
     assert "| S3-1 | 87.1 ± 1.2 |" in page and "+2.0 ± 1.2 points<" in page and "confirmed<" in page
     assert "0.871 ± 0.012 (4 seeds)" in page and "1.5 hours of one core (commit abc)" in page
     assert tables.render(page) == page == tables.render(page.replace("87.1", "97.1"))
-    for mark in ("verdict: trial/none", "table: trial/none", "number: trial/S3-1/none", "hours: x"):
+    for mark in ("verdict: trial/none", "table: trial/none", "number: trial/S3-1/none", "hours: x",
+                 "pivot: trial/(x)(y)/loss"):
         with pytest.raises(ValueError):
             tables.render(f"<!-- {mark} --><!-- end -->")

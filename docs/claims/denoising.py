@@ -98,4 +98,4 @@ for epochs in (1, 4):
 for rate in FLIPS:
     end = "4" if rate == FLIPS[0] else f"4-{rate}"
     text = f"Dropping beats flipping, labels flipped: {rate:.0%}"
-    CLAIMS.append(Claim("2509.23564", text, ID, f"drop-{end}", f"flip-{end}"))
+    CLAIMS.append(Claim("arXiv 2509.23564", text, ID, f"drop-{end}", f"flip-{end}"))

@@ -59,7 +59,7 @@ BASES = {}
 CLAIMS = [
     Claim("MetaRM Fig. 1", "Scores lie closer together as the policy moves away", NEAR,
           larger="free-baseline", smaller="free-baseline", smaller_key=FAR),
-    Claim("2210.10760", "Without a KL penalty gold falls", f"first/{ID}",
+    Claim("arXiv 2210.10760", "Without a KL penalty gold falls", f"first/{ID}",
           larger="free-baseline", smaller="free-baseline", smaller_key=ID),
     Claim("section 2.5", "With a KL penalty gold rises", ID,
           larger="held-baseline", smaller="held-baseline", smaller_key=f"first/{ID}"),

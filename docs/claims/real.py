@@ -137,7 +137,7 @@ def make_claims(args):
             text = f"{name} repeats fewer wrong labels, epochs: {epochs}"
             claims.append(Claim("Fig. 28", text, WRONG, baseline, run))
         text = f"Dropping beats flipping, epochs: {epochs}"
-        claims.append(Claim("2509.23564", text, TEST, f"drop-{epochs}", f"flip-{epochs}"))
+        claims.append(Claim("arXiv 2509.23564", text, TEST, f"drop-{epochs}", f"flip-{epochs}"))
     for name in list(META)[1:]:
         text = f"{name} sets samples further apart"
         claims.append(Claim("Fig. 16", text, "eval/meta/difference", name, "meta-0"))
