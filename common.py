@@ -200,10 +200,10 @@ def read_conversations(prompt, chosen, rejected):
 
 def read_texts(prompt, chosen, rejected):
     """A prompt, which may be empty, and two texts -> what `read_row` returns."""
-    # both may repeat the prompt, and then go on with white space
+    # both may repeat the prompt, and then end or go on with white space
     start = prompt.strip()
     rest = [text.lstrip().removeprefix(start) for text in (chosen, rejected)]
-    if start and rest[0][:1].isspace() and rest[1][:1].isspace():
+    if start and not rest[0][:1].strip() and not rest[1][:1].strip():
         return prompt.rstrip(), rest
     if prompt:
         return prompt, [chosen, rejected]
@@ -374,6 +374,8 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     Rows that cannot be used are dropped and counted. Stops with an error if a row has no known
     form, if no row can be used, or if not all have k responses (None: equally many)."""
     # datasets caches by the arguments, and would not notice a change in this file's functions
+    if k and "responses" in rows.column_names and "chosen" not in rows.column_names:
+        fatal(f"{source}: `responses` alone say nothing about preferences")
     code = Path(__file__).read_text()
     arguments = {"tokenizer": tokenizer, "max_length": max_length, "code": code}
     used = {"prompt", "chosen", "rejected", "responses"}

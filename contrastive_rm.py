@@ -68,19 +68,14 @@ def parse_args():
     add("--on", choices=["pairs", "differences"], default="pairs",
         help="samples that the contrastive loss compares")
     add("--beta", type=in_range(float, 0), default=1.0,
-        help="weight of the contrastive loss, for swav 0.1 and on differences 0.5; 0: none, which "
-        "with --dropout 0 is baseline_rm.py")
+        help="weight of the contrastive loss, for swav 0.1 on pairs and 0.5 on differences; 0: "
+        "none, which with --dropout 0 is baseline_rm.py")
     add("--dropout", type=in_range(float, 0, 0.99), default=0.05,
         help="dropout rate of the two views; 0: one view")
-    # UNSTATED: the temperatures and the flags of Sinkhorn-Knopp. They are those of the two methods'
-    # own code.
+    # UNSTATED: the temperatures. They are those of the two methods' own code.
     add("--temperature", type=in_range(float, 1e-4), default=0.05, help="tau, for swav 0.1")
     add("--num-prototypes", type=in_range(int, 2), default=50,
-        help="K of swav, on differences 20")
-    add("--sinkhorn-iterations", type=in_range(int, 1), default=3,
-        help="iterations of Sinkhorn-Knopp (swav)")
-    add("--epsilon", type=in_range(float, 1e-4), default=0.05,
-        help="entropy regularisation of Sinkhorn-Knopp (swav)")
+        help="K of swav; 20 on differences")
 
     # as in baseline_rm.py
     add("--model",
@@ -167,6 +162,8 @@ def stack_samples(features, on):
     return torch.cat([chosen - rejected, rejected - chosen], 1)
 
 
+# UNSTATED: what is compared. Here the cosines of what the reward head reads, without a projection,
+# and negatives of all ranks. SwAV's prototypes are normalised in the forward pass.
 def simcse_loss(h_s, h_t, temperature):
     """Eq. 9, mean over the samples: h_s, h_t (N', hidden) -> scalar."""
     cosines = F.normalize(h_s, dim=-1) @ F.normalize(h_t, dim=-1).T  # (N', N')
@@ -175,11 +172,12 @@ def simcse_loss(h_s, h_t, temperature):
 
 
 @torch.no_grad()
-def sinkhorn(scores, epsilon, iterations):
+def sinkhorn(scores, epsilon=0.05, iterations=3):
     """Scores (N', K) of samples with prototypes -> codes q (N', K).
 
     Each row sums to 1 and each column to about N' / K, so that no prototype takes everything.
     Computed as logarithms, which do not overflow."""
+    # UNSTATED: entropy regularisation and iterations. They are those of SwAV's own code.
     log_q = scores / epsilon
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(0)
@@ -187,13 +185,13 @@ def sinkhorn(scores, epsilon, iterations):
     return log_q.exp()
 
 
-def swav_loss(h_s, h_t, prototypes, temperature, epsilon, iterations):
+def swav_loss(h_s, h_t, prototypes, temperature):
     """Eqs. 7 and 8, mean over samples: h_s, h_t (N', hidden), prototypes (K, hidden) -> scalar."""
     prototypes = F.normalize(prototypes, dim=-1)
     scores_s = F.normalize(h_s, dim=-1) @ prototypes.T  # (N', K)
     scores_t = F.normalize(h_t, dim=-1) @ prototypes.T
-    q_s = sinkhorn(scores_s, epsilon, iterations)
-    q_t = sinkhorn(scores_t, epsilon, iterations)
+    q_s = sinkhorn(scores_s)
+    q_t = sinkhorn(scores_t)
     log_p_s = F.log_softmax(scores_s / temperature, -1)
     log_p_t = F.log_softmax(scores_t / temperature, -1)
     return -(q_s * log_p_t + q_t * log_p_s).sum(-1).mean()
@@ -305,9 +303,7 @@ if __name__ == "__main__":
             if args.method == "simcse":
                 contrastive = simcse_loss(h_s, h_t, args.temperature)
             else:
-                contrastive = swav_loss(
-                    h_s, h_t, prototypes.weight, args.temperature, args.epsilon,
-                    args.sinkhorn_iterations)
+                contrastive = swav_loss(h_s, h_t, prototypes.weight, args.temperature)
             (args.beta * contrastive).backward()
 
         # second pass: the gradient of both losses with respect to the weights. For the contrastive

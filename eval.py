@@ -28,7 +28,7 @@ points of the curves, and --plot draws them.
 A reward model is read where its own config reads: at the last token that is not its pad token.
 A text ends in one EOS. A conversation ends exactly as its chat template ends it. So the reward of
 a conversation is the one that AutoModelForSequenceClassification gives for
-`tokenizer.apply_chat_template(messages)`.
+`tokenizer.apply_chat_template(messages)`, if nothing is truncated and the template has no date.
 
 A policy is a file with rows of `prompt` and `responses`, from ppo_loop.py or vLLM. The first
 response of each row counts. A server judges each pair in both orders. If its verdict changes with
@@ -443,15 +443,13 @@ def evaluate(model, tokenizer, data, args):
 
 # ----------------------------------------------------------------------------------------- policies
 
-def shared_ngrams(texts, n=2):
-    """What fraction of the texts' n-grams another text has, too. Lower is more diverse.
-
-    It is the simplest form of Self-BLEU, which Table 3 of MetaRM at AAAI averages over n = 2 to 5.
-    A text with fewer than n words has no n-grams."""
-    counts = Counter()  # how many texts have an n-gram
+def shared_bigrams(texts):
+    """What fraction of the texts' bigrams another text has, too. Lower is more diverse."""
+    # DEVIATION: Table 3 of MetaRM at AAAI has Self-BLEU, over n-grams of n = 2 to 5.
+    counts = Counter()  # how many texts have a bigram
     for text in texts:
         words = text.split()
-        counts.update(set(zip(*(words[i:] for i in range(n)))))
+        counts.update(set(zip(words, words[1:])))
     shared = sum(count for count in counts.values() if count > 1)
     return shared / max(1, counts.total())
 
@@ -487,6 +485,7 @@ def read_verdict(reply):
 
 def judge_both_orders(prompt, response, other, args):
     """-> 1 if `response` wins in both orders, -1 if `other` does, NaN without a verdict, else 0."""
+    # DEVIATION: the paper asks once, in a random order, with a prompt of its own.
     forward = read_verdict(ask_server(prompt, response, other, args))
     backward = -read_verdict(ask_server(prompt, other, response, args))
     if math.isnan(forward + backward):
@@ -513,7 +512,7 @@ def describe_policies(responses, scores, policies):
         words = np.array([len(text.split()) for text in texts])
         records.append({
             "table": "policies", "policy": name, "words": words,
-            "shared_bigrams": shared_ngrams(texts), "gold": gold})
+            "shared_bigrams": shared_bigrams(texts), "gold": gold})
     return records
 
 
@@ -557,9 +556,10 @@ def summarize(record):
             if key in ("accuracy", "score", "words"):
                 summary["rows"] = len(known)
                 summary["dropped"] = len(value) - len(known)
-            if len(known) < 2:
+            if not known.size:
                 continue
-            summary[f"{key}_half"] = 1.96 * known.std(ddof=1) / math.sqrt(len(known))
+            if len(known) > 1:
+                summary[f"{key}_half"] = 1.96 * known.std(ddof=1) / math.sqrt(len(known))
             value = known.mean()
         summary[key] = value
     return summary
@@ -636,7 +636,8 @@ if __name__ == "__main__":
     if args.judge != "gold" and not args.asks_server:
         folders.append(args.judge)
     if folders:
-        args.max_length = args.max_length or min(map(default_max_length, folders))
+        longest = min(map(default_max_length, folders))
+        args.max_length = args.max_length or longest
 
     # policies
     records = {name: [] for name in sets}

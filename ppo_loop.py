@@ -20,10 +20,11 @@ rewards still to come.
     critic    1/2 max( (V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2 )
 
     torchrun ppo_loop.py                                           a toy world, 20 seconds on a CPU
-    python ppo_loop.py --kl-coef 0 --reward-model runs/denoise_rm/model           as in section 2.5
+    python ppo_loop.py --kl-coef 0 --reward-model runs/denoise_rm/model
     python ppo_loop.py --iterations 0 --model my-policy --data prompts.jsonl
 
-The second command has no KL penalty. The third only samples: it writes samples.jsonl.
+The second command has no KL penalty, as in section 2.5. The third only samples: it writes
+samples.jsonl.
 
 Plot ppo/score, the mean reward, against ppo/kl, the distance from the reference. With --gold the
 true reward is logged as well. If it falls while the score rises, the policy exploits errors of the
@@ -42,6 +43,7 @@ PPO:
 """
 
 import argparse
+import json
 import math
 import runpy
 import time
@@ -57,11 +59,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import (
-    RANK, TOY, WORLD_SIZE, HelpFormatter, RewardModel, batch_indices, clip_gradients,
-    compute_rewards, default_max_length, end_ids, fatal, in_range, is_toy, load_checkpoint,
-    load_pretrained, load_reward_model, load_rows, load_tokenizer, log, micro_batches,
-    named_source, open_run, prepare, print0, read_row, render, save_checkpoint, save_model, setup,
-    to_ids)
+    RANK, TOY, WORLD_SIZE, HelpFormatter, RewardModel, atomic_write, batch_indices,
+    clip_gradients, compute_rewards, default_max_length, end_ids, fatal, in_range, is_toy,
+    load_checkpoint, load_pretrained, load_reward_model, load_rows, load_tokenizer, log,
+    micro_batches, named_source, open_run, prepare, print0, read_row, render, save_checkpoint,
+    save_model, setup, to_ids)
 
 TOY_FILES = {
     "model": f"{TOY}/model", "reward_model": f"{TOY}/reward_model", "gold": f"{TOY}/make.py",
@@ -120,14 +122,12 @@ def parse_args():
     add("--reward-scaling", choices=["none", "std", "norm"], default="norm",
         help="std: divide scores by their running std; norm: also subtract their running mean")
     add("--reward-clip", type=in_range(float, 0), default=0.8,
-        help="c', the largest size of a rescaled score; 0: no clipping")
-    # UNSTATED: the penalty. The clip ranges, here those of the authors' released PPO. Whether to
-    # whiten advantages.
+        help="c', the largest size of a rescaled score; 0, or without scaling: no clipping")
+    # UNSTATED: the penalty. The clip ranges, here those of the authors' released PPO. Whether
+    # advantages are whitened. Whether the runs without a KL penalty rescale scores, too.
     add("--missing-eos-penalty", type=in_range(float, 0), default=1.0,
         help="subtracted from the rescaled score of a response without a stop token")
     add("--gae-lambda", type=in_range(float, 0, 1), default=0.95, help="lambda of GAE")
-    add("--whiten-advantages", action=argparse.BooleanOptionalAction, default=True,
-        help="shift and scale the advantages of an iteration to mean 0 and std 1")
 
     # updates
     add("--epochs", type=in_range(int, 1), default=1, help="updates on a roll-out")
@@ -142,11 +142,11 @@ def parse_args():
 
     # evaluation and samples
     add("--eval-every", type=int, default=100,
-        help="iterations between evaluations; 0: only at the end")
+        help="iterations between evaluations; 0: only at the start and at the end")
     add("--eval-prompts", type=in_range(int, 1), default=200,
-        help="prompts of each set of --eval-data, with one response to each")
+        help="random prompts of each set of --eval-data, with one response to each")
     add("--num-samples", type=in_range(int, 0), default=1000,
-        help="prompts in samples.jsonl, the first ones of --data")
+        help="random prompts of --data in samples.jsonl")
     add("--k", type=in_range(int, 1), default=5, help="responses to each prompt in samples.jsonl")
 
     # as in the other scripts
@@ -254,7 +254,7 @@ def load_policy(name, tokenizer, device, args, flag):
     stop = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=args.temperature, top_k=0, top_p=1.0,
+        do_sample=True, temperature=args.temperature, top_k=0,
         max_new_tokens=args.max_new_tokens, eos_token_id=sorted(stop),
         pad_token_id=tokenizer.eos_token_id)  # what follows a stop token is cut off
     policy = prepare(Policy(model, getattr(torch, args.dtype), device), args)
@@ -288,29 +288,35 @@ def warn_of_template(prompt, tokenizer):
 
 
 def load_prompts(source, split, tokenizer, args, limit=math.inf):
-    """The first `limit` rows of a data set -> Prompts.
+    """`limit` prompts of a data set, in a random order that is always the same -> Prompts.
 
     Rows whose prompt has no tokens are dropped and counted, and so are comparisons of answers to
     different prompts. A long prompt keeps its BOS and its newest tokens, so that a response and its
-    end fit in --max-length. Stops with an error at a row that cannot be read."""
+    end fit in --max-length. Stops with an error at a row that cannot be read, or if only some of
+    the prompts are conversations."""
     rows = load_rows(source, split)
-    rows = rows.take(min(limit, len(rows)))
     prompts = Prompts([], [])
-    for number, row in enumerate(rows, 1):
+    # hh-rlhf has all harmless prompts first
+    order = np.random.default_rng(0).permutation(len(rows))
+    for num_read, i in enumerate(order, 1):
         try:
             # only the prompt is needed: without responses `read_row` accepts a prompt alone
-            prompt = text = read_row({**row, "responses": []})[0]
+            prompt = text = read_row({**rows[i], "responses": []})[0]
             is_chat = isinstance(prompt, list)
             if is_chat:
                 text = render(prompt, tokenizer, add_generation_prompt=True)
             ids = to_ids(text, tokenizer, is_chat) if text else []
         except Exception as error:  # a chat template may raise anything
-            fatal(f"{source}: row {number}: {error!r}")
+            fatal(f"{source}: row {i + 1}: {error!r}")
         if ids:
             prompts.texts.append(prompt)
             prompts.ids.append(ids)
+        if len(prompts.ids) == limit:
+            break
     if not prompts.ids:
         fatal(f"{source}: no row has a prompt")
+    if len({type(text) for text in prompts.texts}) > 1:
+        fatal(f"{source}: some prompts are texts, and some are conversations")
 
     # truncate from the left, but keep BOS
     room = args.max_length - args.max_new_tokens - len(end_ids(tokenizer, prompts.is_chat))
@@ -322,7 +328,7 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
             start = 1 if ids[0] == tokenizer.bos_token_id else 0
             prompts.ids[i] = ids[:start] + ids[start - room :]
             num_truncated += 1
-    print0(f"{source}: {len(prompts.ids):,} of {len(rows):,} rows have a prompt; "
+    print0(f"{source}: {len(prompts.ids):,} of {num_read:,} rows have a prompt; "
            f"{num_truncated:,} prompts truncated to {room} tokens")
     return prompts
 
@@ -373,10 +379,10 @@ def decode(prompt, responses, tokenizer):
     """Responses (k, tokens) -> texts up to the next human turn or, in a conversation, messages."""
     texts = []
     for text in tokenizer.batch_decode(responses, skip_special_tokens=True):
-        text = text.split("\n\nHuman:")[0].strip()
         if isinstance(prompt, list):
-            texts.append([{"role": "assistant", "content": text}])
+            texts.append([{"role": "assistant", "content": text.strip()}])
         else:
+            text = text.split("\n\nHuman:")[0].strip()
             texts.append(text if prompt[-1:].isspace() else f" {text}")
     return texts
 
@@ -485,7 +491,7 @@ def rescale(scores, sums, scaling, clip):
         scores = scores - mean
     if scaling != "none" and std > 0:
         scores = scores / std
-    return scores.clamp(-clip, clip) if clip else scores
+    return scores.clamp(-clip, clip) if clip and scaling != "none" else scores
 
 
 def make_rows(prompt_ids, responses):
@@ -504,11 +510,11 @@ def end_response(tokens, stop, end):
 
 
 def mean_gold(prompts, responses, models):
-    """The mean true reward of all responses."""
+    """The mean true reward of all responses, whole as the reward model reads them."""
     values = []
     for prompt, y in zip(prompts.texts, responses):
-        for text in decode("", y, models.tokenizer):
-            values.append(float(models.gold(prompt, text)))
+        for text in models.tokenizer.batch_decode(y, skip_special_tokens=True):
+            values.append(float(models.gold(prompt, text.strip())))
     return np.mean(values)
 
 
@@ -666,7 +672,7 @@ if __name__ == "__main__":
         advantages = estimate_advantages(rewards, old_values, args.gae_lambda)
         returns = advantages + old_values
         num_tokens = mask.sum()
-        if args.whiten_advantages and num_tokens > 1:  # a single token has no std
+        if num_tokens > 1:  # whiten; a single token has no std
             mean = advantages[mask].mean()
             advantages = (advantages - mean) / (advantages[mask].std() + 1e-8)
 
@@ -736,6 +742,7 @@ if __name__ == "__main__":
     responses = sample_responses(policy, prompts.ids[: args.num_samples], args.k, seed, args)
     samples = []
     for prompt, y in zip(prompts.texts, responses):
-        samples.append({"prompt": prompt, "responses": decode(prompt, y, tokenizer)})
+        sample = {"prompt": prompt, "responses": decode(prompt, y, tokenizer)}
+        samples.append(json.dumps(sample) + "\n")
     if RANK == 0:
-        datasets.Dataset.from_list(samples).to_json(f"{args.output_dir}/samples.jsonl")
+        atomic_write(f"{args.output_dir}/samples.jsonl", "".join(samples))

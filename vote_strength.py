@@ -111,7 +111,8 @@ def pair_responses(rows):
         return rows
     pairs = []
     for row in rows:
-        for chosen, rejected in zip(row["responses"][::2], row["responses"][1::2]):
+        responses = row["responses"] or []
+        for chosen, rejected in zip(responses[::2], responses[1::2]):
             pairs.append({"prompt": row.get("prompt"), "chosen": chosen, "rejected": rejected})
     if not pairs:
         fatal("--eval-data: rows need two `responses` to vote on")
@@ -178,17 +179,15 @@ def write_votes(path, rows, index, votes):
     atomic_write(path, "".join(lines))
 
 
-def print_groups(mean, std, label, num_groups=20):
-    """Figs. 2 and 3 as a table: the pairs in equal groups, weakest first, with the means of `mean`
-    and `std`, and how often a second label (1: chosen, 0: rejected, else neither) agrees."""
-    print0("training set, weakest first")
-    print0("  rows up to    mean     std   second label agrees")
-    num_groups = min(num_groups, len(mean))
-    groups = np.array_split(np.argsort(mean, kind="stable"), num_groups)
+def print_groups(name, mean, std, label):
+    """Figs. 2 and 3 as a table: the pairs in 20 groups, weakest first, with the means of `mean` and
+    `std`, and how often a second label (1: chosen, 0: rejected, else neither) agrees."""
+    print0(f"{name}, weakest first\n  rows up to    mean     std   second label agrees")
+    groups = np.array_split(np.argsort(mean, kind="stable"), min(20, len(mean)))
     for i, group in enumerate(groups, 1):
         sides = [value for value in label[group] if value in (0, 1)]
         agreement = f"{np.mean(sides):.3f}" if sides else "-"
-        print0(f"{i / num_groups:12.0%}{mean[group].mean():8.3f}{std[group].mean():8.3f}"
+        print0(f"{i / len(groups):12.0%}{mean[group].mean():8.3f}{std[group].mean():8.3f}"
                f"{agreement:>9}")
 
 
@@ -237,10 +236,10 @@ if __name__ == "__main__":
             write_votes(f"{args.output_dir}/{name}.jsonl", rows, sets[name]["row"][:], votes)
             mean, std = strength(votes)
             print0(f"{name}: strength below 0 in {np.mean(mean < 0):.1%} of {len(mean):,} rows")
-            if name == "train":
+            if name == "train" or "GPT4 label" in rows.column_names:
                 label = np.full(len(mean), -1)
                 for column in ("GPT4 label", "gold"):
                     if column in rows.column_names:
                         label = np.array(sets[name][column][:])
-                print_groups(mean, std, label)
+                print_groups(name, mean, std, label)
     dist.barrier()

@@ -28,8 +28,8 @@ def test_losses_by_hand():
     assert rm.simcse_loss(3 * h, 7 * h, 0.5).item() == pytest.approx(expected)  # length does not matter
     assert rm.simcse_loss(h, h.flip(0), 0.5).item() == pytest.approx(expected + 2)
     h, expected = h[:2, :2], 2 * math.log(1 + math.exp(-1 / 0.5))  # a prototype for each: codes (1, 0) and (0, 1)
-    assert rm.swav_loss(2 * h, 3 * h, 7 * h, 0.5, 0.01, 3).item() == pytest.approx(expected)
-    assert rm.swav_loss(h, h.flip(0), h, 0.5, 0.01, 3).item() == pytest.approx(expected + 4)
+    assert rm.swav_loss(2 * h, 3 * h, 7 * h, 0.5).item() == pytest.approx(expected)
+    assert rm.swav_loss(h, h.flip(0), h, 0.5).item() == pytest.approx(expected + 4)
 
 
 def test_sinkhorn_by_hand():
@@ -93,7 +93,7 @@ def test_cached_gradients_are_the_gradients(method, on, script, llama, tokenizer
     prototypes = torch.nn.Linear(32, 6, bias=False)
     contrastive = rm.simcse_loss(h_s, h_t, 0.3)
     if method == "swav":
-        contrastive = rm.swav_loss(h_s, h_t, prototypes.weight, 0.3, 0.05, 3)
+        contrastive = rm.swav_loss(h_s, h_t, prototypes.weight, 0.3)
     (rm.preference_loss(torch.cat(rewards)).mean() + 0.7 * contrastive).backward()
     expected = [p.grad for p in (*model.parameters(), *prototypes.parameters()) if p.grad is not None]
     for gradient, other in zip(seen, expected, strict=True):

@@ -74,6 +74,8 @@ def test_read_row():
     assert responses == [" saw axe", " saw"]
     row = {"prompt": "name", "chosen": "name two", "rejected": "dog"}  # one response just quotes
     assert common.read_row(row) == ("name", ["name two", "dog"])
+    row = {"prompt": "Say:", "chosen": "Say: well", "rejected": "Say:"}  # one answer is empty
+    assert common.read_row(row) == ("Say:", [" well", ""])
     row = {"prompt": "Hello", "chosen": "Hello! I am well.", "rejected": "Hello."}  # both greet
     assert common.read_row(row) == ("Hello", [row["chosen"], row["rejected"]])
 

@@ -130,15 +130,15 @@ def test_summarize():
     values = np.array([1.0, 0.0, 1.0, math.nan, 1.0])
     summary = evaluation.summarize({"table": "t", "accuracy": values, "one": values[:1], "ece": 0.5})
     half = 1.96 * math.sqrt(0.25 * 0.75 / 3)  # of n - 1
-    expected = {"table": "t", "rows": 4, "dropped": 1, "accuracy": 0.75, "ece": 0.5}
+    expected = {"table": "t", "rows": 4, "dropped": 1, "accuracy": 0.75, "one": 1.0, "ece": 0.5}
     assert summary == {**expected, "accuracy_half": pytest.approx(half)}  # one value: no interval
 
 
-def test_shared_ngrams():
+def test_shared_bigrams():
     """Bigrams: ab, bc and ab, bd share one of two each; "a" has none; a repetition counts once."""
-    assert evaluation.shared_ngrams(["a b c", "a b d", "a", ""]) == 0.5
-    assert evaluation.shared_ngrams(["a b a b", "c d"]) == 0
-    assert evaluation.shared_ngrams(["", ""]) == 0
+    assert evaluation.shared_bigrams(["a b c", "a b d", "a", ""]) == 0.5
+    assert evaluation.shared_bigrams(["a b a b", "c d"]) == 0
+    assert evaluation.shared_bigrams(["", ""]) == 0
 
 
 @pytest.mark.parametrize("row, form", [

@@ -136,8 +136,9 @@ def test_scores_are_rescaled_by_all_so_far(scaling):
         shift, scale = (seen.mean() if scaling == "norm" else 0), (seen.std(ddof=1) if scaling != "none" else 1)
         result = ppo_loop.rescale(torch.tensor(part), sums, scaling, 0).numpy()
         np.testing.assert_allclose(result, (part - shift) / scale, rtol=1e-9)
-    clipped = ppo_loop.rescale(torch.tensor([[-3.0, 0.5, 9.0]]), sums, "none", 0.8)
-    torch.testing.assert_close(clipped, torch.tensor([[-0.8, 0.5, 0.8]]))
+    large = torch.tensor([[-30.0, 40.0, 90.0]])
+    sizes = ppo_loop.rescale(large, sums, scaling, 0.8).abs()
+    torch.testing.assert_close(sizes, large.abs() if scaling == "none" else torch.full((1, 3), 0.8))
     assert ppo_loop.rescale(torch.full((2, 2), 4.0), sums * 0, "norm", 0).abs().max() == 0  # std 0
 
 
@@ -207,14 +208,39 @@ def test_prompts(tokenizer, tmp_path, capsys):
     """Of rows with a prompt alone and of comparisons; long ones keep the BOS and their end, with room for an EOS."""
     rows = [{"prompt": text} for text in ("name two fruits", "name three tools and four trees", "", None)]
     prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args(max_length=10))
-    assert prompts.texts == [row["prompt"] for row in rows[:2]]
-    assert tokenizer.batch_decode(prompts.ids) == ["<s> name two fruits", "<s> and four trees"]
+    assert sorted(prompts.texts, reverse=True) == [row["prompt"] for row in rows[:2]]
+    assert sorted(tokenizer.batch_decode(prompts.ids)) == ["<s> and four trees", "<s> name two fruits"]
     assert "2 of 4 rows have a prompt; 1 prompts truncated" in capsys.readouterr().out
+    everything = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args())
     prompts = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args(), 7)
-    assert len(prompts.ids) == 7 and prompts.texts[0].endswith("Assistant:")
+    assert prompts.texts == everything.texts[:7]
+    in_file = [json.loads(line)["prompt"] for line in Path(data("id", 40)).read_text().splitlines()]
+    assert sorted(everything.texts) == sorted(in_file) and everything.texts != in_file
     for other in ({"responses": []}, {"chosen": None, "rejected": None}, {"responses": [" fig"], "chosen": None}):
         one = write(tmp_path / "one.jsonl", [{"prompt": "name two fruits", **other}])
         assert ppo_loop.load_prompts(one, "train", tokenizer, args()).texts == ["name two fruits"]
+
+
+def test_prompts_are_texts_or_conversations(tmp_path):
+    rows = [{"chosen": [*CHAT, *FIG], "rejected": [*CHAT, *DOG]}, {"prompt": "name two fruits"}]
+    mixed = write(tmp_path / "mixed.jsonl", rows)
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(SystemExit, match="conversations"):
+        ppo_loop.load_prompts(mixed, "train", tokenizer, args())
+
+
+def test_gold_reads_what_the_reward_model_reads():
+    """All of a response. A sample for meta_rm.py ends where a policy goes on as the human, unless it is a message."""
+    class Words:
+        def batch_decode(self, responses, skip_special_tokens):
+            return responses
+
+    text = " fig\n\nHuman: dog "
+    models = ppo_loop.Models(None, None, None, Words(), None, lambda prompt, response: len(response))
+    assert ppo_loop.mean_gold(ppo_loop.Prompts(["name"], []), [[text, "fig"]], models) == (len(text) - 2 + 3) / 2
+    assert ppo_loop.decode("name", [text], Words()) == [" fig"]
+    assert ppo_loop.decode(CHAT, [text], Words()) == [[{"role": "assistant", "content": text.strip()}]]
 
 
 def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
@@ -415,10 +441,11 @@ def test_a_run_and_its_samples(ppo, llama, tokenizer):
     assert "eval/id/gold" in lines[3] and "eval/id/gold" not in lines[4] and lines[1]["ppo/approx_kl"] > 0
     assert "id after 6 iterations: score" in out
     samples = [json.loads(line) for line in (RUN / "samples.jsonl").read_text().splitlines()]
-    prompts = [json.loads(line)["prompt"] for line in Path(data()).read_text().splitlines()[:4]]
-    assert [row["prompt"] for row in samples] == prompts and all(len(row["responses"]) == 5 for row in samples)
+    assert len(samples) == 4 and all(len(row["responses"]) == 5 for row in samples)
     ppo("--iterations", 0, "--model", RUN / "policy", "--output-dir", "again", "--seed", 3)  # samples alone
-    assert len(Path("again/samples.jsonl").read_text().splitlines()) == 4 and not Path("again/policy").exists()
+    again = [json.loads(line) for line in Path("again/samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in again] == [row["prompt"] for row in samples] and again != samples
+    assert not Path("again/policy").exists()
 
 
 def test_micro_batches_and_ranks_do_not_change_the_run(ppo, llama, tmp_path):

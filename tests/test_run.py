@@ -215,6 +215,7 @@ GOOD = {"prompt": "\n\nHuman: name two fruits\n\nAssistant:", "chosen": " fig", 
 SAMPLES = {"prompt": GOOD["prompt"], "responses": [" fig", " dog", " saw"]}
 FILES = {
     "broken": [GOOD, "{"], "column": [{"chosen": "x"}], "same": [{**GOOD, "rejected": " fig"}], "three": [SAMPLES],
+    "unlabelled": [{**SAMPLES, "responses": [" fig", " dog"]}],
     "unknown": [{**GOOD, "prompt": "Why should anyone do this at all?"}],
     "mixed": [SAMPLES, {**SAMPLES, "responses": [" fig", " dog"]}],
 }

@@ -29,10 +29,14 @@ def test_strength_of_the_papers_example():
 
 
 def test_groups_are_sorted_by_strength(capsys):
-    mean, std = np.array([3.0, -1, 2, 0]), np.array([1.0, 2, 3, 4])
-    vote_strength.print_groups(mean, std, np.array([1, 0, 1, -1]), num_groups=2)
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
-    assert table == [["50%", "-0.500", "3.000", "0.000"], ["100%", "2.500", "2.000", "1.000"]]
+    """Twenty groups, here of two pairs each; fewer if there are fewer pairs."""
+    mean, std, label = np.arange(40.0)[::-1], np.arange(40.0), np.array([1, 0] * 19 + [1, -1])
+    vote_strength.print_groups("valid", mean, std, label)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[0][0] == "valid," and len(table) == 22
+    assert table[2] == ["5%", "0.500", "38.500", "1.000"] and table[3] == ["10%", "2.500", "36.500", "0.500"]
+    vote_strength.print_groups("valid", mean[:2], std[:2], label[:2])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["100%", "39.000", "0.000", "1.000"]
 
 
 def test_rows_come_back_with_their_votes(script):
@@ -54,7 +58,8 @@ def test_rows_come_back_with_their_votes(script):
 def test_responses_without_a_label_are_voted_on_in_pairs(script):
     row = {"prompt": "\n\nHuman: name two fruits\n\nAssistant:"}
     responses = [" fig", " dog", " kiwi", " plum", " pear"]
-    Path("policy.jsonl").write_text(json.dumps({**row, "responses": responses}) + "\n")
+    rows = [{**row, "responses": responses}, {**row, "responses": None}]
+    Path("policy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     script("vote_strength.py", "--members", 2, "--eval-data", "policy=policy.jsonl")
     pairs = [json.loads(line) for line in (RUN / "policy.jsonl").read_text().splitlines()]
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(" fig", " dog"), (" kiwi", " plum")]

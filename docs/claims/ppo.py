@@ -11,9 +11,10 @@ PPO = (
     f"--eval-data id={TOY}/id.jsonl ood={TOY}/ood.jsonl --epochs 2 --batch-size 16 --lr 1e-3 "
     "--critic-lr 1e-3 --max-length 64 --max-new-tokens 12 --rollout-batch-size 64 --temperature 1 "
     "--reward-clip 0 --eval-every 0 --save-every 0")
+ANSWERS = f"{PPO} --iterations 0 --data {TOY}/id.jsonl --k 1"
 FREE = ["baseline", "simcse", "swav", "baseline-1", "flip-1", "S1-1", "S3-1"]  # -1: after one epoch
 HELD = ["baseline", "simcse", "baseline-1", "S3-1"]  # those also used with a KL penalty
-DUELS = {  # a policy: those that are compared with it by gold, on the prompts of their samples
+DUELS = {  # a policy: those that are compared with it by gold
     "free-baseline-1": ["free-flip-1", "free-S1-1", "free-S3-1"], "held-baseline-1": ["held-S3-1"],
     "free-baseline": ["free-simcse", "free-swav"], "held-baseline": ["held-simcse"],
     "once": ["meta-3"], "plain-3": ["meta-3"]}
@@ -24,7 +25,6 @@ FIGURES = {
 RUNS = {"vote-0.1": denoising.RUNS["vote-0.1"]}
 for name in FREE:
     RUNS[name] = denoising.RUNS.get(name) or generalisation.RUNS[name]
-for name in FREE:
     RUNS[f"free-{name}"] = f"{PPO} --iterations 200 --kl-coef 0 --reward-model $dir/{name}/model"
 for name in HELD:
     RUNS[f"held-{name}"] = f"{PPO} --iterations 200 --kl-coef 0.2 --reward-model $dir/{name}/model"
@@ -40,9 +40,12 @@ for method, eta in (("meta", 0.01), ("plain", 0)):  # three rounds, with the met
             f"--kl-coef 0.2 --iterations 100 --seed {i}$seed")
         policy = f"$dir/{method}-{i}/policy"
         samples = f"$dir/{method}-{i}/samples.jsonl"
-for name, others in DUELS.items():
-    files = " ".join(f"{x}=$dir/{x}/samples.jsonl" for x in (name, *others))
-    RUNS[f"against-{name}"] = f"eval.py --gold docs/toy/make.py --policies {files}"
+for name, others in DUELS.items():  # on prompts that no policy was trained on
+    files = ""
+    for policy in (name, *others):
+        RUNS[f"answers-{policy}"] = f"{ANSWERS} --model $dir/{policy}/policy"
+        files += f" {policy}=$dir/answers-{policy}/samples.jsonl"
+    RUNS[f"against-{name}"] = f"eval.py --gold docs/toy/make.py --policies{files}"
 
 ID = "eval/id/gold"
 OOD = "eval/ood/gold"

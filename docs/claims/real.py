@@ -4,8 +4,7 @@
         --train 'data/$seed/train.jsonl' --test 'data/$seed/test.jsonl' --gold --fraction 0.25 \\
         --flags ' --lr 5e-5 --max-length 96 --batch-size 16 --dtype bfloat16'
 
-$seed in a file's name is the number of the seed. With --gold, the wrong labels are counted that the
-votes find and that each method repeats.
+$seed in a file's name is the seed. --gold counts the wrong labels that votes find or methods repeat.
 """
 
 import argparse

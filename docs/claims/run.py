@@ -4,11 +4,10 @@
     python docs/claims/run.py denoising --jobs 0               measures what has been run
     python docs/tables.py docs/results.md README.md            fills in the tables of the pages
 
-A run is a command line of one of the scripts. It is done once for each seed, in
-runs/claims/<seed>/<run>. A seed has its own comparisons, meta set, reward heads, data order and
-samples, but the SFT model is shared. The numbers of each run and seed are written to
-docs/claims/results/<experiment>.json. Runs with numbers there are not done again, so an experiment
-can go on elsewhere with this file alone. Experiments on real text: real.py.
+A run is a command line of one of the scripts, done once for each seed in runs/claims/<seed>/<run>.
+A seed has its own comparisons, meta set, reward heads, data order and samples, but not its own SFT
+model. Runs with numbers in docs/claims/results/<experiment>.json are not done again, so an
+experiment can go on elsewhere with this file alone. Experiments on real text: real.py.
 
 To add the claim that label smoothing beats the baseline after one epoch, write in denoising.py:
 
