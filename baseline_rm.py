@@ -13,9 +13,9 @@ by maximum likelihood (Eq. 2):
     torchrun baseline_rm.py                                    a toy world, 20 seconds on a CPU
     torchrun --nproc_per_node 8 baseline_rm.py --model meta-llama/Llama-2-7b-hf
 
-The second command has the paper's settings but for the split. Watch eval/<set>/accuracy. Human
-annotators agree with each other on 60 to 75 % of the pairs, and a good reward model agrees with
-them about as often.
+The second command has the paper's model, data and learning rate, but not its split. Watch
+eval/<set>/accuracy. Human annotators agree with each other on 60 to 75 % of the pairs, and a good
+reward model agrees with them about as often.
 """
 
 import argparse
@@ -39,7 +39,7 @@ TOY_SETTINGS = {"epochs": 3.0, "lr": 5e-4, "max_length": 64, "eval_every": 100, 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is trained without --model: {TOY_SETTINGS}")
+        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     add("--model",

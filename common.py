@@ -68,7 +68,7 @@ def fatal(message):
 def print_error(kind, error, traceback):
     """The sys.excepthook of a run: the last line on stderr says what went wrong.
 
-    Files and folders raise OSError. Anything else may be a bug: its traceback stays."""
+    Problems with files raise OSError. Anything else may be a bug: its traceback stays."""
     if not issubclass(kind, OSError):
         sys.__excepthook__(kind, error, traceback)
     print(f"error: {kind.__name__}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -200,11 +200,14 @@ def read_conversations(prompt, chosen, rejected):
 
 def read_texts(prompt, chosen, rejected):
     """A prompt, which may be empty, and two texts -> what `read_row` returns."""
-    # both may repeat the prompt, and then end or go on with white space
+    # both may repeat the prompt; but "Hello! How are you?" does not repeat "Hello"
     start = prompt.strip()
-    rest = [text.lstrip().removeprefix(start) for text in (chosen, rejected)]
-    if start and not rest[0][:1].strip() and not rest[1][:1].strip():
-        return prompt.rstrip(), rest
+    texts = [chosen.lstrip(), rejected.lstrip()]
+    rest = [text.removeprefix(start) for text in texts]
+    goes_on = rest[0][:1].strip() or rest[1][:1].strip()
+    if start and all(text.startswith(start) for text in texts):
+        if not goes_on or not start[-1].isalnum():
+            return prompt.rstrip(), rest
     if prompt:
         return prompt, [chosen, rejected]
 
@@ -337,7 +340,7 @@ def encode_row(row, number, tokenizer, max_length, code):
     """A raw row -> the columns of `tokenize`, and `problem`: why the row cannot be used, or "".
 
     `code` is not used here. It is an argument because `datasets` caches by the arguments."""
-    prompt_ids = [0]
+    prompt_ids = [0]  # of a row that is dropped
     response_ids = [[0]]
     truncated = False
     problem = ""
@@ -404,8 +407,8 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
         fatal(f"{source}: no row can be used: {', '.join(counts)}")
 
     sizes = sorted(set(data["k"][:]))
-    if sizes != [k or sizes[0]]:
-        fatal(f"{source}: rows have {sizes} responses, which must be {k or 'equally many'}")
+    if len(sizes) > 1 or k and sizes != [k]:
+        fatal(f"{source}: rows have {sizes} responses, but must have {k or 'equally many'}")
     prompts = np.concatenate(data[:100]["prompt_ids"])
     if np.mean(prompts == tokenizer.unk_token_id) > 0.5:
         fatal(f"{source}: the tokenizer knows few of the words: choose a --model for such text")
@@ -539,11 +542,11 @@ def micro_batches(data, index, micro_tokens, model):
     """Yield this rank's rows of `index` as Batches of at most `micro_tokens` tokens, or of one row.
 
     The longest rows come first. All ranks get equally many batches, because FSDP's ranks must do
-    the same. Rows join a batch while their padding costs less than one more forward pass. On two
-    CPU cores that is about the time for 1/8 of `micro_tokens`."""
+    the same. Rows join a batch while their padding costs less than the overhead of one more forward
+    pass. On two CPU cores that is about the time for `micro_tokens` / 8 tokens."""
     lengths = np.array(data["length"][index])
     lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
-    if not model.share:  # each response has a row of its own with the whole prompt
+    if not model.share:  # at most: k rows, each shorter than the shared one
         lengths *= len(data[0]["response_ids"])
     order = np.argsort(-lengths, kind="stable")
     while len(order):
@@ -562,8 +565,8 @@ class RewardModel(torch.nn.Module):
     """A Hugging Face sequence classifier with one label, read at the last token of each response.
 
     For one text this is AutoModelForSequenceClassification(prompt + response + EOS).logits.
-    Weights, scores and features are fp32. FSDP computes in `dtype`. `share` is the layout of the
-    batches that it reads."""
+    Weights, scores and features are fp32. FSDP computes in `dtype`. `share`: whether the
+    responses to a prompt share a row in the batches that it reads."""
 
     def __init__(self, hf_model, dtype, device):
         super().__init__()
@@ -589,7 +592,7 @@ class RewardModel(torch.nn.Module):
             at = (batch.row, batch.last)
         hidden = self.hf_model.base_model(**self.inputs(batch)).last_hidden_state  # (R, T, hidden)
         features = hidden[at].float()
-        rewards = self.hf_model.score(features).sum(-1)  # of one label; a view would disturb FSDP
+        rewards = self.hf_model.score(features).sum(-1)  # one label; squeeze would return a view
         return (rewards, features) if with_features else rewards
 
 
@@ -613,14 +616,14 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
 
     A language model gets a head, seeded by args.seed. Stops with an error at anything but a decoder
     with a linear `score` head of one label."""
-    gc.collect()  # FSDP keeps a model that was deleted in reference cycles
+    gc.collect()  # reference cycles in FSDP keep a deleted model alive
     torch.manual_seed(args.seed)
     model, missing = load_pretrained(AutoModelForSequenceClassification, name, flag, num_labels=1)
     head = getattr(model, "score", None)
     if model.config.is_encoder_decoder or not isinstance(head, torch.nn.Linear):
         fatal(f"{flag} {name}: {type(model).__name__} is not a decoder with a linear `score` head")
     if missing and (flag != "--model" or missing != {"score.weight"}):
-        fatal(f"{flag} {name} is no reward model: its files lack {', '.join(sorted(missing))}")
+        fatal(f"{flag} {name} is not a reward model: its files lack {', '.join(sorted(missing))}")
 
     if missing:  # UNSTATED: the paper gives no init of the head; this is the usual one
         torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
@@ -641,9 +644,10 @@ def decoder_layers(model):
 
 
 def prepare(model, args):
-    """Shard a RewardModel or Policy with FSDP2, which computes in args.dtype. -> the model
+    """Get a RewardModel or Policy ready for training. -> the model
 
-    Stops with an error if the model has too few positions."""
+    Several ranks, bf16 and --offload need FSDP2, which also casts to args.dtype. Stops with an
+    error if the model has too few positions."""
     positions = num_positions(model.hf_model.config)
     if args.max_length > positions:
         name = model.hf_model.name_or_path
@@ -739,10 +743,10 @@ def compute_rewards(model, data, micro_tokens, with_features=False):
     batches = micro_batches(data, np.arange(len(data)), micro_tokens, model)
     model.eval()
     for batch in tqdm(batches, "scoring", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
-        values = model(batch, with_features=True)
-        rewards[batch.index] = values[0].cpu()
+        batch_rewards, batch_features = model(batch, with_features=True)
+        rewards[batch.index] = batch_rewards.cpu()
         if with_features:
-            features[batch.index] = values[1].cpu()
+            features[batch.index] = batch_features.cpu()
     model.train()
     # every rank has filled in its own rows
     dist.all_reduce(rewards)
@@ -814,12 +818,12 @@ def save_model(folder, model, tokenizer):
 
 def file_stamps(paths):
     """{file: [size, time]} for files and for the files in folders; a hub id has none."""
-    times = {}
+    stamps = {}
     for path in filter(None, paths):
         for file in (Path(path), *Path(path).glob("*")):
             if file.is_file():
-                times[str(file)] = [file.stat().st_size, file.stat().st_mtime]
-    return times
+                stamps[str(file)] = [file.stat().st_size, file.stat().st_mtime]
+    return stamps
 
 
 def check_resume(folder, old, new, may_change):

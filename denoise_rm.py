@@ -17,8 +17,8 @@ rejected in some pairs, and to give each pair a margin m and a target t:
     --margin               m = mu, which is negative for suspicious pairs            Eq. 6
 
 They are applied in this order, and each fraction counts the pairs that the flags before it left.
-Without any of them this is baseline_rm.py. With --soft-targets alone, --flip has no effect:
-swapping the pair and its target leaves the loss unchanged.
+Without any of them this is baseline_rm.py. With --soft-targets, --flip does not change what is
+learned, unless --smooth-on is negative: a swapped pair with the opposite target has the same loss.
 
 The paper's "soft label + margin" can be read in three ways:
 
@@ -63,21 +63,21 @@ STRENGTH = "mean preference difference"  # the column that vote_strength.py writ
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is trained without --model: {TOY_SETTINGS}")
+        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method
     add("--percentiles", type=in_range(float, 0, 100), nargs=2, default=[0.0, 100.0],
         metavar=("LO", "HI"), help="train on the pairs between these percentiles of strength")
-    add("--drop", type=in_range(float, 0, 1), default=0.0,
+    add("--drop", type=in_range(float, 0, 1), default=0.0, metavar="F",
         help="fraction of the pairs to drop, the weakest ones")
-    add("--flip", type=in_range(float, 0, 1), default=0.0,
+    add("--flip", type=in_range(float, 0, 1), default=0.0, metavar="F",
         help="fraction of the pairs to flip, the weakest ones; paper: 0.1")
-    add("--soft-targets", type=in_range(float, 0), default=0.0,
+    add("--soft-targets", type=in_range(float, 0), default=0.0, metavar="T",
         help="temperature T of the targets; 0: hard targets")
     # UNSTATED: the size of A. The paper's training loss settles at 0.50, the entropy of 0.2.
-    add("--label-smoothing", type=in_range(float, 0, 0.5), default=0.0,
-        help="A; the paper: probably 0.2")
+    add("--label-smoothing", type=in_range(float, 0, 0.5), default=0.0, metavar="A",
+        help="size of the smoothing, probably 0.2 in the paper")
     add("--smooth-on", choices=["all", "negative"], default="all",
         help="smooth all pairs, or those of negative strength after --flip")
     add("--margin", action="store_true",
@@ -159,7 +159,7 @@ def make_targets(strengths, flip=0.0, margin=False, label_smoothing=0.0, smooth_
 def denoised_loss(rewards, offset, target):
     """Eqs. 2, 5 and 6 for each comparison: rewards (B, 2), chosen first, offset (B,), target (B,)
     -> (B,). The offset is the margin m, the target is t."""
-    # DEVIATION: as printed, Eq. 6 has the margin outside the sigmoid, where it has no gradient.
+    # DEVIATION: as printed, Eq. 6 has the margin outside the sigmoid, where it changes no gradient.
     z = rewards[:, 0] - rewards[:, 1] - offset
     return -(target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
 

@@ -23,8 +23,8 @@ grad L + eta H_L grad J:
         --meta-data runs/ppo_loop/samples.jsonl
 
 The second command samples a meta set from your own policy. Compare train/shift, the length of the
-ascent, with train/update, the length of the whole step from theta. Compare eval/meta/difference,
-the mean of |r(x, y_i) - r(x, y_j)| on a held-out tenth of the meta set, with a run with --eta 0.
+ascent, with train/update, the length of the optimizer's step. eval/meta/difference is the mean of
+|r(x, y_i) - r(x, y_j)| on a held-out tenth of the meta set. Compare it with a run with --eta 0.
 
 What it costs: each step takes about twice as long, and needs a copy of the weights. In the toy
 world and on the real text that we tried, it did not improve accuracy (docs/results.md).
@@ -47,7 +47,7 @@ In a training loop of your own, once per optimizer step and before any gradient 
 In a TRL callback, ascend in on_step_begin and restore in on_pre_optimizer_step. Under DDP, average
 p.grad over the ranks first, unless the forward pass went through the DDP wrapper. It does not work
 with ZeRO or FSDP1, which keep flattened weights. Keep the weights in fp32, since bf16 rounds a
-small ascent away. eta depends on the size of the head's weights: here they have a standard
+small ascent away. A good eta depends on the size of the head's weights: here they have a standard
 deviation of 1/sqrt(hidden + 1), in transformers 0.02.
 """
 
@@ -75,17 +75,18 @@ TOY_SETTINGS = {
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is trained without --model: {TOY_SETTINGS}")
+        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method
     add("--eta", type=float, default=5e-6,
-        help="step size of the ascent on J; 0: no ascent, as baseline_rm.py")
+        help="step size of the ascent on J; 0: no ascent, as in baseline_rm.py")
     add("--ascent", choices=["plain", "normalized"], default="plain",
         help="ascend along the gradient of J, or along its unit vector")
-    # UNSTATED: --update alternate is another way to read the papers' words. Eq. 14 restores.
+    # UNSTATED: whether the weights are restored. Eq. 14 does it, but other words of the papers can
+    # be read as alternating between two kinds of steps.
     add("--update", choices=["restore", "alternate"], default="restore",
-        help="apply the gradient of the loss to theta or to theta'")
+        help="restore: step from theta, as in Eq. 14; alternate: step from theta'")
     add("--meta-data", default="runs/ppo_loop/samples.jsonl",
         help="rows of a prompt and k responses of the policy; the last tenth is held out")
     add("--meta-batch-size", type=in_range(int, 1), default=16,
@@ -138,7 +139,7 @@ def difference_loss(rewards):
     """J of Eq. 11 for each prompt: rewards (B, k) -> (B,). It is maximised, although the papers
     call it a loss.
 
-    Where two rewards are equal, its gradient is 0."""
+    A pair of equal rewards has no gradient."""
     k = rewards.size(1)
     i, j = torch.triu_indices(k, k, 1, device=rewards.device)
     return 2 / k**2 * torch.sigmoid((rewards[:, i] - rewards[:, j]).abs()).sum(1)
@@ -310,7 +311,7 @@ if __name__ == "__main__":
             update = global_norm([p.detach() - old for p, old in zip(params, saved)])
             metrics.update({"train/J": J.item(), "train/shift": shift, "train/update": update})
             if step == start and shift < 0.5 * step_size * meta_grad_norm:
-                print0(f"{args.dtype} rounds most of the ascent away: use float32 or more --eta")
+                print0(f"{args.dtype} rounds most of the ascent away: use float32 or raise --eta")
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = lr
         metrics["train/pairs_per_sec"] = len(index) / (time.time() - began)

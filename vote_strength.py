@@ -52,7 +52,7 @@ COLUMNS = ["chosen score list", "rejected score list",  # those of the authors' 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is trained without --model: {TOY_SETTINGS}")
+        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method

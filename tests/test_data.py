@@ -76,6 +76,9 @@ def test_read_row():
     assert common.read_row(row) == ("name", ["name two", "dog"])
     row = {"prompt": "Say:", "chosen": "Say: well", "rejected": "Say:"}  # one answer is empty
     assert common.read_row(row) == ("Say:", [" well", ""])
+    row = {"prompt": "[q]", "chosen": "[q]well", "rejected": "[q]fine"}  # no white space, and yet repeated
+    assert common.read_row(row) == ("[q]", ["well", "fine"])
+    assert common.read_row({**row, "chosen": "well"}) == ("[q]", ["well", "[q]fine"])
     row = {"prompt": "Hello", "chosen": "Hello! I am well.", "rejected": "Hello."}  # both greet
     assert common.read_row(row) == ("Hello", [row["chosen"], row["rejected"]])
 
