@@ -39,7 +39,7 @@ TOY_SETTINGS = {"epochs": 3.0, "lr": 5e-4, "max_length": 64, "eval_every": 100, 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
+        epilog=f"without --model: the toy data, and the defaults {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     add("--model",
@@ -65,7 +65,7 @@ def parse_args():
         help="maximum length of prompt plus response in tokens; longer prompts are truncated from "
         "the left; by default what the model can read, at most 2048")
     add("--micro-batch-tokens", type=int, default=8192,
-        help="tokens per forward pass, limits memory only")
+        help="tokens per forward pass: changes memory and speed, not the result")
     add("--eval-every", type=int, default=200,
         help="steps between evaluations; 0: only at the end")
     add("--save-every", type=int, default=200,
@@ -158,11 +158,11 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The gradient of the loss, one micro-batch at a time. A row of a batch holds
+        # The gradient of the loss, one micro-batch at a time. With most models, a row of a batch is
         #     prompt | chosen | rejected
         # where chosen and rejected cannot see each other. model(batch) takes the hidden state at
-        # the last token of each response, its EOS, and applies one linear layer to it (RewardModel
-        # in common.py).
+        # the last token of each response, usually EOS, and applies one linear layer to it
+        # (RewardModel in common.py).
         index = batch_indices(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         for batch in micro_batches(train, index, args.micro_batch_tokens, model):

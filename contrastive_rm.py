@@ -60,7 +60,7 @@ SWAV_SETTINGS = {  # the defaults with --method swav, by --on
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
+        epilog=f"without --model: the toy data, and the defaults {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method

@@ -18,7 +18,7 @@ rejected in some pairs, and to give each pair a margin m and a target t:
 
 They are applied in this order, and each fraction counts the pairs that the flags before it left.
 Without any of them this is baseline_rm.py. With --soft-targets, --flip does not change what is
-learned, unless --smooth-on is negative: a swapped pair with the opposite target has the same loss.
+learned, except with --smooth-on negative: the opposite target for a swapped pair is the same loss.
 
 The paper's "soft label + margin" can be read in three ways:
 
@@ -63,7 +63,7 @@ STRENGTH = "mean preference difference"  # the column that vote_strength.py writ
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
+        epilog=f"without --model: the toy data, and the defaults {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method
@@ -107,7 +107,7 @@ def parse_args():
         help="maximum length of prompt plus response in tokens; longer prompts are truncated from "
         "the left; by default what the model can read, at most 2048")
     add("--micro-batch-tokens", type=int, default=8192,
-        help="tokens per forward pass, limits memory only")
+        help="tokens per forward pass: changes memory and speed, not the result")
     add("--eval-every", type=int, default=200,
         help="steps between evaluations; 0: only at the end")
     add("--save-every", type=int, default=200,
@@ -148,9 +148,9 @@ def make_targets(strengths, flip=0.0, margin=False, label_smoothing=0.0, smooth_
     targets = np.ones(len(mu))
     if soft_targets:
         targets = torch.sigmoid(torch.tensor(mu / soft_targets)).numpy()
-    smoothed = (mu < 0) | (smooth_on == "all")
-    towards_other = (1 - label_smoothing) * targets + label_smoothing * (1 - targets)
-    targets = np.where(smoothed, towards_other, targets)
+    smoothed = (1 - label_smoothing) * targets + label_smoothing * (1 - targets)
+    is_smoothed = (mu < 0) | (smooth_on == "all")
+    targets = np.where(is_smoothed, smoothed, targets)
 
     margins = mu if margin else np.zeros(len(mu))
     return swap, margins, targets
@@ -253,7 +253,8 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # the gradient of the denoised loss; train/objective is this loss, train/loss is Eq. 2
+        # the gradient of the denoised loss, which is logged as train/objective; train/loss is Eq. 2
+        # for the pairs as flipped
         index = batch_indices(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         objective = 0.0

@@ -23,8 +23,9 @@ grad L + eta H_L grad J:
         --meta-data runs/ppo_loop/samples.jsonl
 
 The second command samples a meta set from your own policy. Compare train/shift, the length of the
-ascent, with train/update, the length of the optimizer's step. eval/meta/difference is the mean of
-|r(x, y_i) - r(x, y_j)| on a held-out tenth of the meta set. Compare it with a run with --eta 0.
+ascent, with train/update, the length of the optimizer's step (with --update alternate, of both
+together). eval/meta/difference is the mean of |r(x, y_i) - r(x, y_j)| on a held-out tenth of the
+meta set. Compare it with a run with --eta 0.
 
 What it costs: each step takes about twice as long, and needs a copy of the weights. In the toy
 world and on the real text that we tried, it did not improve accuracy (docs/results.md).
@@ -75,7 +76,7 @@ TOY_SETTINGS = {
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
+        epilog=f"without --model: the toy data, and the defaults {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method
@@ -116,7 +117,7 @@ def parse_args():
         help="maximum length of prompt plus response in tokens; longer prompts are truncated from "
         "the left; by default what the model can read, at most 2048")
     add("--micro-batch-tokens", type=int, default=8192,
-        help="tokens per forward pass, limits memory only")
+        help="tokens per forward pass: changes memory and speed, not the result")
     add("--eval-every", type=int, default=200,
         help="steps between evaluations; 0: only at the end")
     add("--save-every", type=int, default=200,

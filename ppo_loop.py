@@ -160,7 +160,7 @@ def parse_args():
         help="maximum length of prompt plus response in tokens; longer prompts are truncated from "
         "the left; by default what the model can read, at most 2048")
     add("--micro-batch-tokens", type=int, default=8192,
-        help="tokens per forward pass, limits memory only")
+        help="tokens per forward pass: changes memory and speed, not the result")
     add("--save-every", type=int, default=100, help="iterations between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
     add("--dtype", choices=["float32", "bfloat16"],

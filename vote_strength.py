@@ -52,7 +52,7 @@ COLUMNS = ["chosen score list", "rejected score list",  # those of the authors' 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False,
-        epilog=f"defaults of the toy world, which is used without --model: {TOY_SETTINGS}")
+        epilog=f"without --model: the toy data, and the defaults {TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
     # the method
@@ -82,7 +82,7 @@ def parse_args():
         help="maximum length of prompt plus response in tokens; longer prompts are truncated from "
         "the left; by default what the model can read, at most 2048")
     add("--micro-batch-tokens", type=int, default=8192,
-        help="tokens per forward pass, limits memory only")
+        help="tokens per forward pass: changes memory and speed, not the result")
     add("--resume", action="store_true", help="train only members without votes in --output-dir")
     add("--dtype", choices=["float32", "bfloat16"],
         default="bfloat16" if torch.cuda.is_available() else "float32",
