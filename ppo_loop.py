@@ -375,15 +375,20 @@ def sample_responses(policy, prompt_ids, k, seed, args):
     return [response for number in range(len(chunks)) for response in sampled[number]]
 
 
-def decode(prompt, responses, tokenizer):
-    """Responses (k, tokens) -> texts up to the next human turn or, in a conversation, messages."""
+def decode(prompt, prompt_ids, responses, tokenizer):
+    """Responses (k, tokens) -> texts up to the next human turn or, in a conversation, messages.
+
+    A text begins as the policy wrote it, with or without a space. It is decoded after the last
+    token of the prompt, because some tokenizers leave out a space at the very beginning."""
+    before = prompt_ids[-1:]
+    start = len(tokenizer.decode(before, skip_special_tokens=True))
     texts = []
-    for text in tokenizer.batch_decode(responses, skip_special_tokens=True):
+    for tokens in responses:
+        text = tokenizer.decode(before + tokens, skip_special_tokens=True)[start:]
         if isinstance(prompt, list):
             texts.append([{"role": "assistant", "content": text.strip()}])
         else:
-            text = text.split("\n\nHuman:")[0].strip()
-            texts.append(text if prompt[-1:].isspace() else f" {text}")
+            texts.append(text.split("\n\nHuman:")[0].rstrip())
     return texts
 
 
@@ -741,8 +746,8 @@ if __name__ == "__main__":
     seed = args.seed, args.iterations, 2
     responses = sample_responses(policy, prompts.ids[: args.num_samples], args.k, seed, args)
     samples = []
-    for prompt, y in zip(prompts.texts, responses):
-        sample = {"prompt": prompt, "responses": decode(prompt, y, tokenizer)}
+    for prompt, ids, y in zip(prompts.texts, prompts.ids, responses):
+        sample = {"prompt": prompt, "responses": decode(prompt, ids, y, tokenizer)}
         samples.append(json.dumps(sample) + "\n")
     if RANK == 0:
         atomic_write(f"{args.output_dir}/samples.jsonl", "".join(samples))

@@ -236,11 +236,14 @@ def test_gold_reads_what_the_reward_model_reads():
         def batch_decode(self, responses, skip_special_tokens):
             return responses
 
+        def decode(self, text, skip_special_tokens):
+            return text
+
     text = " fig\n\nHuman: dog "
     models = ppo_loop.Models(None, None, None, Words(), None, lambda prompt, response: len(response))
     assert ppo_loop.mean_gold(ppo_loop.Prompts(["name"], []), [[text, "fig"]], models) == (len(text) - 2 + 3) / 2
-    assert ppo_loop.decode("name", [text], Words()) == [" fig"]
-    assert ppo_loop.decode(CHAT, [text], Words()) == [[{"role": "assistant", "content": text.strip()}]]
+    assert ppo_loop.decode("name", "name", [text, "fig"], Words()) == [" fig", "fig"]
+    assert ppo_loop.decode(CHAT, "name", [text], Words()) == [[{"role": "assistant", "content": text.strip()}]]
 
 
 def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
