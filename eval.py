@@ -110,9 +110,9 @@ def parse_args():
         help="folders or hub ids; without any flag: the reward model and sets of the toy world")
     add("--eval-data", nargs="*", type=named_source, default=[], metavar="NAME=SOURCE",
         help="sets to evaluate the reward models on")
-    add("--prompt-format", choices=["transcript", "chat", "text"], default="transcript",
-        help="what a plain prompt with a list of responses becomes: a Human / Assistant "
-        "transcript, a message of the user, or nothing else; choose what the model was trained on")
+    add("--prompt-format", choices=["transcript", "chat", "text"],
+        help="what a plain prompt with a list of responses becomes, as in training: a Human / "
+        "Assistant transcript, a message of the user, or the text as it is")
     add("--gold", metavar="FILE.py",
         help="a file with gold(prompt, response) -> float, the true reward")
     add("--policies", nargs="*", type=named_source, default=[], metavar="NAME=FILE",
@@ -238,8 +238,11 @@ def as_text(message):
 def as_dialogue(prompt, responses, prompt_format):
     """A prompt and responses, texts or lists of messages -> the same in the form of training.
 
-    Only a plain prompt, one that does not end in "Assistant:", gets another form."""
+    Only a plain prompt, one that does not end in "Assistant:", gets another form. Raises ValueError
+    if it is not known which."""
     if isinstance(prompt, str) and not prompt.rstrip().endswith("Assistant:"):
+        if prompt_format is None:
+            raise ValueError("choose the --prompt-format that the reward model was trained on")
         if prompt_format == "transcript":
             prompt = f"\n\nHuman: {prompt}\n\nAssistant:"
         elif prompt_format == "chat":

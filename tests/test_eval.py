@@ -172,6 +172,9 @@ def test_what_a_question_becomes():
     assert evaluation.as_dialogue(transcript, ["a"], "chat") == (transcript, [" a"])
     assert evaluation.as_dialogue("q", ["a"], "chat") == (chat, [[{"role": "assistant", "content": "a"}]])
     assert evaluation.as_dialogue("q", ["a"], "text") == ("q", ["a"])
+    assert evaluation.as_dialogue(transcript, ["a"], None) == (transcript, [" a"])
+    with pytest.raises(ValueError):  # a guess could give wrong scores
+        evaluation.as_dialogue("q", ["a"], None)
 
 
 def test_rewards_are_those_of_plain_transformers(reward_models, tokenizer):
