@@ -13,9 +13,9 @@ by maximum likelihood (Eq. 2):
     torchrun baseline_rm.py                                    a toy world, 20 seconds on a CPU
     torchrun --nproc_per_node 8 baseline_rm.py --model meta-llama/Llama-2-7b-hf
 
-The second command has the paper's model, data and learning rate, but not its split. Watch
-eval/<set>/accuracy. Human annotators agree with each other on 60 to 75 % of the pairs, and a good
-reward model agrees with them about as often.
+The second command has the paper's data and learning rate, but not its split, and starts from Llama
+2 instead of the paper's SFT model. Watch eval/<set>/accuracy. Human annotators agree with each
+other on 60 to 75 % of the pairs, and a good reward model agrees with them about as often.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def metric_sums(rewards):
     """Rewards (B, 2), chosen first -> sums of METRICS over the batch (6,), float64."""
     chosen, rejected = rewards.unbind(1)
     margin = chosen - rejected
-    loss = -F.logsigmoid(margin)
+    loss = -F.logsigmoid(margin)  # Eq. 2, whatever is trained on
     is_right = margin > 0  # a tie counts as an error
     is_tie = margin == 0
     return torch.stack([loss, is_right, margin, is_tie, chosen, rejected]).double().sum(1)

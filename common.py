@@ -104,9 +104,6 @@ def named_source(text):
     return name, source
 
 
-named_source.__name__ = "NAME=SOURCE"  # argparse then says: invalid NAME=SOURCE value
-
-
 def is_toy(model):
     """Whether --model, a folder, a hub id or None, stands for the toy world's model."""
     return model is None or Path(model).resolve() == TOY / "model"
@@ -153,7 +150,7 @@ def load_rows(source, split="train"):
             rows = datasets.load_dataset(
                 file_type[1], name=content, data_files=glob.escape(source), split="train")
         else:
-            path, *parts = source.split(":")
+            path, *parts = source.split(":")  # id, id:split or id:config:split
             *config, split = parts or [split]
             rows = datasets.load_dataset(path, *config, split=split)
     except Exception as error:
@@ -543,7 +540,8 @@ def micro_batches(data, index, micro_tokens, model):
 
     The longest rows come first. All ranks get equally many batches, because FSDP's ranks must do
     the same. Rows join a batch while their padding costs less than the overhead of one more forward
-    pass. On two CPU cores that is about the time for 1,024 tokens, 1/8 of the default."""
+    pass. On two CPU cores that is about the time for 1,024 tokens, 1/8 of the default. Each rank
+    gets 1 / WORLD_SIZE of the rows, and so much padding."""
     lengths = np.array(data["length"][index])
     lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
     if not model.share:  # at most: k rows, each shorter than the shared one
@@ -875,6 +873,9 @@ def open_run(args, inputs, may_change=()):
     is_run = args_file.exists()
     if folder.is_file() or has_files and not is_run:
         fatal(f"--output-dir {folder} has files that are not from a run: choose another folder")
+    inside = [x for x in inputs if x and folder.resolve() in Path(x).resolve().parents]
+    if inside and not args.resume:
+        fatal(f"--output-dir {folder} would be renamed, but has {inside[0]}: choose another folder")
     step = 0
     if args.resume and is_run:
         check_resume(folder, json.loads(args_file.read_text()), json.loads(text), may_change)

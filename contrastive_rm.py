@@ -211,7 +211,7 @@ def metric_sums(rewards):
     """Rewards (B, 2), chosen first -> sums of METRICS over the batch (6,), float64."""
     chosen, rejected = rewards.unbind(1)
     margin = chosen - rejected
-    loss = -F.logsigmoid(margin)
+    loss = -F.logsigmoid(margin)  # Eq. 2, whatever is trained on
     is_right = margin > 0  # a tie counts as an error
     is_tie = margin == 0
     return torch.stack([loss, is_right, margin, is_tie, chosen, rejected]).double().sum(1)

@@ -18,7 +18,8 @@ rejected in some pairs, and to give each pair a margin m and a target t:
 
 They are applied in this order, and each fraction counts the pairs that the flags before it left.
 Without any of them this is baseline_rm.py. With --soft-targets, --flip does not change what is
-learned, except with --smooth-on negative: the opposite target for a swapped pair is the same loss.
+learned, because a swapped pair with the opposite target has the same loss. The exception is
+--smooth-on negative.
 
 The paper's "soft label + margin" can be read in three ways:
 
@@ -31,7 +32,7 @@ The paper's "soft label + margin" can be read in three ways:
     python denoise_rm.py --soft-targets 1 --data runs/vote_strength/train.jsonl
 
 The second command trains on the authors' release, the third on the strengths of your own ensemble.
-Watch eval/<set>/accuracy on clean labels. In the toy world those of `noisy` are not clean.
+Watch eval/<set>/accuracy on clean labels. In the toy world, the labels of `noisy` are not clean.
 
 In another trainer you need two things: a column with the strength, which vote_strength.py writes as
 "mean preference difference", and `denoised_loss`. TRL's RewardTrainer subtracts a column `margin`
@@ -171,7 +172,7 @@ def metric_sums(rewards):
     """Rewards (B, 2), chosen first -> sums of METRICS over the batch (6,), float64."""
     chosen, rejected = rewards.unbind(1)
     margin = chosen - rejected
-    loss = -F.logsigmoid(margin)
+    loss = -F.logsigmoid(margin)  # Eq. 2, whatever is trained on
     is_right = margin > 0  # a tie counts as an error
     is_tie = margin == 0
     return torch.stack([loss, is_right, margin, is_tie, chosen, rejected]).double().sum(1)

@@ -182,7 +182,7 @@ def metric_sums(rewards):
     """Rewards (B, 2), chosen first -> sums of METRICS over the batch (6,), float64."""
     chosen, rejected = rewards.unbind(1)
     margin = chosen - rejected
-    loss = -F.logsigmoid(margin)
+    loss = -F.logsigmoid(margin)  # Eq. 2, whatever is trained on
     is_right = margin > 0  # a tie counts as an error
     is_tie = margin == 0
     return torch.stack([loss, is_right, margin, is_tie, chosen, rejected]).double().sum(1)
@@ -311,6 +311,7 @@ if __name__ == "__main__":
         if args.eta:
             update = global_norm([p.detach() - old for p, old in zip(params, saved)])
             metrics.update({"train/J": J.item(), "train/shift": shift, "train/update": update})
+            # less than half of its length before rounding
             if step == start and shift < 0.5 * step_size * meta_grad_norm:
                 print0(f"{args.dtype} rounds most of the ascent away: use float32 or raise --eta")
         metrics["train/grad_norm"] = grad_norm

@@ -175,6 +175,8 @@ def test_earlier_run_is_renamed(script):
         script("baseline_rm.py", "--seed", seed, "--epochs", 1)
     seeds = {str(path): json.loads((path / "args.json").read_text())["seed"] for path in Path("runs").iterdir()}
     assert seeds == {f"{RUN}.1": 0, f"{RUN}.2": 1, str(RUN): 2}
+    # a run that starts from the model there could not be resumed
+    assert str(RUN / "model") in refused(script, "--model", RUN / "model")
 
 
 # -------------------------------------------------------------------------------------------------- processes, kill -9
