@@ -54,7 +54,7 @@ GOLD = "KL 6 to 8/ppo/gold"
 NEAR = "KL 0 to 1/ppo/score_std"
 FAR = "KL 6 to 8/ppo/score_std"
 COLUMNS = {
-    "KL": KL, "gold, `id`": ID, "gold, `ood`": OOD, "perplexity": "ppo/perplexity",
+    "KL": KL, "gold, `id`": ID, "gold, `ood`": OOD, "gold before, `id`": f"first/{ID}",
     "gold, KL 0 to 1": "KL 0 to 1/ppo/gold", "gold, KL 6 to 8": GOLD,
     "std of scores, KL 0 to 1": NEAR, "std of scores, KL 6 to 8": FAR}
 BASES = {}
