@@ -104,6 +104,9 @@ def named_source(text):
     return name, source
 
 
+named_source.__name__ = "NAME=SOURCE"  # argparse then says: invalid NAME=SOURCE value
+
+
 def is_toy(model):
     """Whether --model, a folder, a hub id or None, stands for the toy world's model."""
     return model is None or Path(model).resolve() == TOY / "model"
@@ -305,7 +308,7 @@ def encode(prompt, responses, tokenizer, max_length):
     A text ends in one EOS, and a conversation as its chat template ends it. The reward is read at
     the last of these tokens. The prompt is the common prefix of the k full texts, so first words
     that all responses share belong to it. If one of the texts is longer than `max_length`, the
-    prompt loses its oldest tokens, but not BOS. If nothing else is left, the prompt is []."""
+    prompt loses its oldest tokens, but not BOS. If only BOS would be left, the prompt is []."""
     is_chat = isinstance(prompt, list)
     rows = []
     for response in responses:
@@ -541,7 +544,7 @@ def micro_batches(data, index, micro_tokens, model):
     The longest rows come first. All ranks get equally many batches, because FSDP's ranks must do
     the same. Rows join a batch while their padding costs less than the overhead of one more forward
     pass. On two CPU cores that is about the time for 1,024 tokens, 1/8 of the default. Each rank
-    gets 1 / WORLD_SIZE of the rows, and so much padding."""
+    gets 1 / WORLD_SIZE of the rows and of the padding."""
     lengths = np.array(data["length"][index])
     lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
     if not model.share:  # at most: k rows, each shorter than the shared one
@@ -861,7 +864,7 @@ def open_run(args, inputs, may_change=()):
     """Begin a run in --output-dir or, with --resume, continue the one there. -> its step, or 0.
 
     Without --resume an earlier run is renamed. A run is resumed only if its flags, except
-    `may_change`, and the files and folders in `inputs` are what they were."""
+    `may_change` and those in `check_resume`, and the files in `inputs` are what they were."""
     folder = Path(args.output_dir)
     args_file = folder / "args.json"
     settings = {"script": Path(sys.argv[0]).name, **vars(args), **file_stamps(inputs)}

@@ -13,7 +13,7 @@ What is measured on a set of --eval-data depends on the form of its rows:
     a prompt and lists `chosen` and `rejected` (RewardBench 2)    accuracy, over_first
     a prompt, `responses` and their true `scores` (or --gold)     true score of the best of n
 
-The screen shows the first columns. All of them, with 95 % intervals, are in eval.md:
+The screen shows the first columns. All of them are in eval.md, means with their 95 % intervals:
 
     accuracy          how often the chosen response gets the higher reward; a tie is an error,
                       but lists with one right response share it among ties
@@ -43,6 +43,7 @@ import os
 import re
 import runpy
 import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -245,14 +246,13 @@ def as_dialogue(prompt, responses, prompt_format):
             raise ValueError("choose the --prompt-format that the reward model was trained on")
         if prompt_format == "transcript":
             prompt = f"\n\nHuman: {prompt}\n\nAssistant:"
+            responses = [f" {x}" if x and not x[0].isspace() else x for x in responses]
         elif prompt_format == "chat":
             prompt = [{"role": "user", "content": prompt}]
 
     if isinstance(prompt, list):
         return prompt, [
             [{"role": "assistant", "content": x}] if isinstance(x, str) else x for x in responses]
-    if prompt.endswith("Assistant:"):
-        responses = [f" {x}" if x and not x[0].isspace() else x for x in responses]
     return prompt, responses
 
 
@@ -290,7 +290,7 @@ def score_responses(model, tokenizer, items, source, args):
 
 
 def credit(rewards, num_right):
-    """Rewards (k,) of a row, the right responses first -> 0 to 1, NaN if one is not measured.
+    """Rewards (k,) of a row, the right responses first -> 0 to 1, NaN if a reward is.
 
     A pair: whether the right one is strictly higher. One right of many (RewardBench 2): whether it
     is at the top, shared with those that tie with it there. Several right (RM-Bench): the fraction
@@ -418,16 +418,13 @@ def best_of_n(rewards, scores, sizes):
 
 
 def measure_best_of_n(rewards, targets):
-    """Rewards and true scores, lists of (k,) -> a record for each n up to the smallest k.
-
-    kl is the KL of best-of-n sampling to sampling once, in nats."""
+    """Rewards and true scores, lists of (k,) -> a record for each n up to the smallest k."""
     max_n = min(map(len, targets))
     sizes = sorted({max_n, *(2**i for i in range(max_n.bit_length()))})
     curves = np.array([best_of_n(x, scores, sizes) for x, scores in zip(rewards, targets)])
     records = []
     for n, score in zip(sizes, curves.T):
-        records.append({
-            "table": "best of n", "n": n, "kl": math.log(n) - (n - 1) / n, "score": score})
+        records.append({"table": "best of n", "n": n, "score": score})
     return records
 
 
@@ -477,6 +474,8 @@ def ask_server(prompt, a, b, args):
                 return json.load(reply)["choices"][0]["message"]["content"]
         except Exception as error:  # no connection, an overloaded server, nonsense instead of JSON
             problem = error
+            if isinstance(error, urllib.error.HTTPError):
+                error.msg = error.read()  # the server's reason
     return problem
 
 

@@ -2,9 +2,9 @@
 
 Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), section 2.2.
 
-Train M reward models (Eq. 2) that differ only in their seed: the initial weights of the head and
-the data order. Each votes on every comparison with its margin. The strength of a preference is the
-mean of the votes (Eq. 4):
+Train M reward models (Eq. 2) that differ only in their seed: the initial weights of the head, if it
+is new, and the data order. Each votes on every comparison with its margin. The strength of a
+preference is the mean of the votes (Eq. 4):
 
     d_m  = r_m(x, y_c) - r_m(x, y_r)
     mean = 1/M sum_m d_m                        below 0: the ensemble disagrees with the label

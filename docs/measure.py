@@ -141,16 +141,20 @@ def read_values(numbers, runs, key):
 
 def summarise(values):
     """Values over the seeds (S,), NaN where missing -> mean, half-width of its 95 % interval,
-    two-sided p for a mean of 0, and number of values; None if there are fewer than two."""
+    two-sided p for a mean of 0, and number of values; None if there are fewer than two. Equal values
+    say nothing about their variance: p is 1."""
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return None
     df = len(values) - 1
     mean = np.mean(values)
-    deviation = max(np.std(values, ddof=1), 1e-12)  # equal values would divide by 0
-    error = deviation / math.sqrt(len(values))
-    t = mean / error
-    p = two_sided_p(df / (df + t**2), df)
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    if error < 1e-12:  # but for rounding
+        error = 0.0
+        p = 1.0
+    else:
+        t = mean / error
+        p = two_sided_p(df / (df + t**2), df)
     summary = {"mean": mean, "half": quantile(0.95, df) * error, "p": p}
     return {name: float(f"{float(x):.6g}") for name, x in summary.items()} | {"n": len(values)}
 

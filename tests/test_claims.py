@@ -97,6 +97,8 @@ def test_summaries_are_students():
     assert summary["n"] == 5 and summary["mean"] == 3
     assert summary["half"] == pytest.approx(2.776 * 0.70711, rel=1e-3)
     assert summary["p"] == pytest.approx(0.01324, rel=1e-3)
+    equal = measure.summarise(measure.np.array([0.1, 0.1, 0.1]))  # whose variance nobody knows
+    assert equal == {"mean": 0.1, "half": 0, "p": 1, "n": 3}
 
 
 def claim(figure, mean, half, p):

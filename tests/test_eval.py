@@ -169,10 +169,10 @@ def test_rows_without_responses_are_dropped(tmp_path):
 def test_what_a_question_becomes():
     transcript, chat = "\n\nHuman: q\n\nAssistant:", [{"role": "user", "content": "q"}]
     assert evaluation.as_dialogue("q", ["a", " b", ""], "transcript") == (transcript, [" a", " b", ""])
-    assert evaluation.as_dialogue(transcript, ["a"], "chat") == (transcript, [" a"])
+    assert evaluation.as_dialogue(transcript, ["a"], "chat") == (transcript, ["a"])  # as training reads it
     assert evaluation.as_dialogue("q", ["a"], "chat") == (chat, [[{"role": "assistant", "content": "a"}]])
     assert evaluation.as_dialogue("q", ["a"], "text") == ("q", ["a"])
-    assert evaluation.as_dialogue(transcript, ["a"], None) == (transcript, [" a"])
+    assert evaluation.as_dialogue(transcript, ["a"], None) == (transcript, ["a"])
     with pytest.raises(ValueError):  # a guess could give wrong scores
         evaluation.as_dialogue("q", ["a"], None)
 
@@ -361,6 +361,9 @@ def test_server(run, policies, monkeypatch):
             with pytest.raises(SystemExit) as error:
                 run("wins", *flags)
             assert url in str(error.value)
+        judge = lambda a, b: 400  # noqa: E731
+        with pytest.raises(SystemExit, match="choices"):  # what the server says
+            run("wins", *flags)
         server.shutdown()
 
 

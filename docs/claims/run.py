@@ -62,8 +62,8 @@ from tables import RESULTS, read_results, show_table  # noqa: E402
 
 
 def describe_code():
-    """The commit, the versions and the processor that a run used."""
-    commit = subprocess.getoutput(f"git -C {ROOT} rev-parse --short HEAD")
+    """The commit, "-dirty" with changes, the versions and the processor that a run uses."""
+    commit = subprocess.getoutput(f"git -C {ROOT} describe --always --dirty --exclude '*'")
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():
         processor = torch.cuda.get_device_name()
@@ -71,16 +71,15 @@ def describe_code():
             f"{transformers.__version__}, processor {processor}")
 
 
-def run_script(words, path):
-    """A script with its flags, as if started from a shell. What it prints goes to a file.
-
-    Its folder then has made.json: by which code, in how many minutes of one core."""
+def run_script(words, path, code):
+    """A script with its flags, as if started from a shell. What it prints goes to a file, and into
+    made.json by which code it ran and for how many minutes of one core."""
     with open(f"{path}.log", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [*words, "--output-dir", str(path)]
     runpy.run_path(words[0], run_name="__main__")
-    made = {"code": describe_code(), "minutes": time.process_time() / 60}
+    made = {"code": code, "minutes": time.process_time() / 60}
     (path / "made.json").write_text(json.dumps(made))
 
 
@@ -90,7 +89,8 @@ def run_once(name, command, folder, values):
     if (path / "made.json").exists():
         return
     words = [string.Template(word).substitute(values) for word in command.split()]
-    process = multiprocessing.get_context("fork").Process(target=run_script, args=(words, path))
+    args = (words, path, describe_code())
+    process = multiprocessing.get_context("fork").Process(target=run_script, args=args)
     process.start()
     process.join()
     if process.exitcode:
