@@ -49,6 +49,7 @@ def parse_args():
     add("--hidden-size", type=int, default=512, help="a multiple of 64")
     add("--layers", type=int, default=6)
     add("--dtype", default="bfloat16" if CUDA else "float32", choices=["float32", "bfloat16"])
+    add("--keep", metavar="FOLDER", help="keep the random model there, for runs of the scripts")
     add("--only", nargs="*", default=VARIANTS, choices=VARIANTS, metavar="VARIANT", help="measure only these")
     parser.set_defaults(seed=0, gradient_checkpointing=False, offload=False)  # read by load_reward_model
     return parser.parse_args()
@@ -118,9 +119,10 @@ def time_trl(folder, pairs, batches, warmup, default, args):
 
 
 if __name__ == "__main__":
-    args, folder = parse_args(), tempfile.TemporaryDirectory()
+    args, temporary = parse_args(), tempfile.TemporaryDirectory()
+    folder = args.keep or temporary.name
     device, raw = common.setup(), common.load_rows(args.data)
-    tokenizer, weights = make_model(folder.name, raw, args)
+    tokenizer, weights = make_model(folder, raw, args)
     data = common.tokenize(raw, args.data, tokenizer, args.max_length)
     data = data.select(common.batch_indices(len(data), args.batch_size * args.steps, args.seed, 0))
     pairs = [[row["prompt_ids"] + response for response in row["response_ids"]] for row in data]
@@ -134,12 +136,12 @@ if __name__ == "__main__":
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
         if not name.startswith("trl"):
-            model = common.load_reward_model(folder.name, tokenizer, device, args)
+            model = common.load_reward_model(folder, tokenizer, device, args)
             model.share = name == "ours"
             seconds[name].append(time_ours(model, data, order, warmup, args))
             del model
         elif find_spec("trl"):
-            seconds[name].append(time_trl(folder.name, pairs, order, warmup, name == "trl", args))
+            seconds[name].append(time_trl(folder, pairs, order, warmup, name == "trl", args))
         memory[name] = torch.cuda.max_memory_allocated() / 2**30
 
     speeds = {name: len(data) / np.median(times or np.nan) for name, times in seconds.items()}
