@@ -163,7 +163,7 @@ def draw_ppo(axes):
                     label="" if i else label)
         axis.set(
             title=f"PPO without KL penalty: {title}", ylabel="change since the start",
-            xlabel="KL to the SFT model, nats per response", xlim=(0, 25), ylim=(-6, 4))
+            xlabel="KL to the SFT model, nats per response", xlim=(0, 42), ylim=(-10, 4))
         axis.legend(markerscale=3)
 
 
