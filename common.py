@@ -153,7 +153,8 @@ def load_rows(source, split="train"):
             rows = datasets.load_dataset(
                 file_type[1], name=content, data_files=glob.escape(source), split="train")
         else:
-            path, *parts = source.split(":")  # id, id:split or id:config:split
+            # id, id:split or id:config:split, but not the colon in train[:100]
+            path, *parts = re.split(r":(?![^[]*\])", source)
             *config, split = parts or [split]
             rows = datasets.load_dataset(path, *config, split=split)
     except Exception as error:
@@ -172,10 +173,19 @@ def transcript(turns):
     return text
 
 
+def turn_keys(messages):
+    """What two equal messages have in common. Other keys, and null values, do not count."""
+    keys = []
+    for x in messages:
+        content = str(x.get("content") or "").strip()
+        keys.append((x["role"], content, x.get("tool_calls") or []))
+    return keys
+
+
 def join_messages(prompt, messages):
     """Two lists of messages -> one conversation, without repeating turns that are in both."""
-    known = [(x["role"], str(x["content"]).strip()) for x in prompt]
-    turns = [(x["role"], str(x["content"]).strip()) for x in messages]
+    known = turn_keys(prompt)
+    turns = turn_keys(messages)
     for n in range(min(len(known), len(turns)), 0, -1):
         if turns[:n] == known[-n:]:  # the messages begin with the last n turns of the prompt
             return prompt + messages[n:]
@@ -194,8 +204,8 @@ def read_conversations(prompt, chosen, rejected):
     for messages in (chosen, rejected):
         if messages[-1]["role"] != "assistant":
             raise ValueError("'chosen' or 'rejected' does not end with a message of the assistant")
-    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else None
-    return prompt, [chosen[-1:], rejected[-1:]]
+    same = turn_keys(chosen[:-1]) == turn_keys(rejected[:-1])
+    return chosen[:-1] if same else None, [chosen[-1:], rejected[-1:]]
 
 
 def read_texts(prompt, chosen, rejected):
@@ -229,9 +239,9 @@ def read_row(row):
         chosen, rejected = row["chosen"], row["rejected"]
         if not chosen or not rejected:
             return prompt, ["", ""]
-        is_transcript = "\n\nAssistant:" in chosen
-        # an empty prompt, which `encode_row` drops and counts
-        if "prompt" in row and not prompt and isinstance(chosen, str) and not is_transcript:
+        # neither a prompt nor a transcript: `encode_row` drops and counts it
+        is_text = isinstance(chosen, str)
+        if "prompt" in row and not prompt and is_text and "\n\nAssistant:" not in chosen:
             return "", [chosen, rejected]
         if isinstance(chosen, list) and isinstance(chosen[0], dict):
             return read_conversations(prompt, chosen, rejected)
@@ -338,7 +348,7 @@ def encode_row(row, number, tokenizer, max_length, code):
     """A raw row -> the columns of `tokenize`, and `problem`: why the row cannot be used, or "".
 
     `code` is not used here. It is an argument because `datasets` caches by the arguments."""
-    prompt_ids = [0]  # of a row that is dropped
+    prompt_ids = [0]  # of a row that is dropped; `datasets` finds no type for an empty list
     response_ids = [[0]]
     truncated = False
     problem = ""
@@ -346,8 +356,10 @@ def encode_row(row, number, tokenizer, max_length, code):
         prompt, responses = read_row(row)
         texts = []
         for response in responses:
-            text = response[-1]["content"] if isinstance(response, list) else response
-            texts.append((text or "").strip())
+            text = response
+            if isinstance(response, list):
+                text = response[-1].get("content") or response[-1].get("tool_calls")
+            texts.append(str(text or "").strip())
         if prompt is None:
             problem = "with different prompts"
         elif not prompt or not all(texts) or not texts:
@@ -376,6 +388,9 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     form, if no row can be used, or if not all have k responses (None: equally many)."""
     if k and "responses" in rows.column_names and "chosen" not in rows.column_names:
         fatal(f"{source}: `responses` alone say nothing about preferences")
+
+    for name in {"tools", "chat_template_kwargs"} & set(rows.column_names):
+        print0(f"{source}: the column {name} is not read")
 
     # datasets caches by the arguments, and would not notice a change in this file's functions
     code = Path(__file__).read_text()
@@ -543,8 +558,8 @@ def micro_batches(data, index, micro_tokens, model):
 
     The longest rows come first. All ranks get equally many batches, because FSDP's ranks must do
     the same. Rows join a batch while their padding costs less than the overhead of one more forward
-    pass. On two CPU cores that is about the time for 1,024 tokens, 1/8 of the default. Each rank
-    gets 1 / WORLD_SIZE of the rows and of the padding."""
+    pass. Each rank gets 1 / WORLD_SIZE of the rows and of the padding."""
+    overhead = micro_tokens / 8  # in tokens; about the 1,024 measured on two CPU cores
     lengths = np.array(data["length"][index])
     lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
     if not model.share:  # at most: k rows, each shorter than the shared one
@@ -554,7 +569,7 @@ def micro_batches(data, index, micro_tokens, model):
         longest = lengths[order[0]]
         rows_that_fit = int(micro_tokens // longest)
         padding = np.cumsum(longest - lengths[order])  # of all ranks, if the batch ended here
-        rows_worth_it = math.ceil(np.sum(padding <= WORLD_SIZE * micro_tokens / 8) / WORLD_SIZE)
+        rows_worth_it = math.ceil(np.sum(padding <= WORLD_SIZE * overhead) / WORLD_SIZE)
         count = WORLD_SIZE * max(1, min(rows_that_fit, rows_worth_it))
         yield collate(data, index[order[:count][RANK::WORLD_SIZE]], model.device, model.share)
         order = order[count:]
@@ -627,6 +642,7 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
         fatal(f"{flag} {name} is not a reward model: its files lack {', '.join(sorted(missing))}")
 
     if missing:  # UNSTATED: the paper gives no init of the head; this is the usual one
+        print_once(f"{flag} {name} is a language model: it gets a new head")
         torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))

@@ -208,7 +208,10 @@ if __name__ == "__main__":
     # the strength of each pair; a pair that the voters could not use has none
     if STRENGTH not in train.column_names:
         fatal(f"--data {args.data} has no column '{STRENGTH}': use what vote_strength.py writes")
-    strengths = np.array(train[STRENGTH][:], float)
+    try:
+        strengths = np.array(train[STRENGTH][:], float)
+    except ValueError as error:
+        fatal(f"--data {args.data}: column '{STRENGTH}': {error}")
     has_strength = np.isfinite(strengths)
     train = train.select(np.flatnonzero(has_strength))
     strengths = strengths[has_strength]

