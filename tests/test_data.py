@@ -106,6 +106,8 @@ def test_turns_with_tools():
     apple, pear = call("apple"), call("pear", content=None)
     row = {"prompt": [USER, apple], "chosen": [apple, GOOD], "rejected": [{**apple, "content": "", "score": 1}, BAD]}
     assert common.read_row(row) == ([USER, apple], [[GOOD], [BAD]])
+    other = [{**USER, "score": 1}, apple, BAD]
+    assert common.read_row({"chosen": [USER, apple, GOOD], "rejected": other}) == ([USER, apple], [[GOOD], [BAD]])
     assert common.read_row({**row, "rejected": [pear, BAD]})[0] is None
     tokenizer = toy.make_tokenizer()
     tokenizer.chat_template = "{% for x in messages %}{{ x.content or x.tool_calls[0].function.name }} {% endfor %}"
