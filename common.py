@@ -559,7 +559,7 @@ def micro_batches(data, index, micro_tokens, model):
     The longest rows come first. All ranks get equally many batches, because FSDP's ranks must do
     the same. Rows join a batch while their padding costs less than the overhead of one more forward
     pass. Each rank gets 1 / WORLD_SIZE of the rows and of the padding."""
-    overhead = micro_tokens / 8  # in tokens; about the 1,024 measured on two CPU cores
+    overhead = micro_tokens / 8  # in tokens: by default 1,024, as measured on two CPU cores
     lengths = np.array(data["length"][index])
     lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
     if not model.share:  # at most: k rows, each shorter than the shared one
@@ -642,7 +642,7 @@ def load_reward_model(name, tokenizer, device, args, flag="--model"):
         fatal(f"{flag} {name} is not a reward model: its files lack {', '.join(sorted(missing))}")
 
     if missing:  # UNSTATED: the paper gives no init of the head; this is the usual one
-        print_once(f"{flag} {name} is a language model: it gets a new head")
+        print_once(f"{flag} {name} has no `score` head: it gets a new one")
         torch.nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
