@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 from common import (
     RANK, TOY_DATA, HelpFormatter, batch_indices, clip_gradients, compute_rewards,
     default_max_length, fatal, in_range, is_toy, load_checkpoint, load_reward_model, load_rows,
-    load_sets, load_tokenizer, log, micro_batches, named_source, open_run, print0, print_example,
-    save_checkpoint, save_model, setup, tokenize)
+    load_sets, load_tokenizer, log, micro_batches, named_source, open_run, print0, save_checkpoint,
+    save_model, setup, tokenize)
 
 TOY_SETTINGS = {"epochs": 3.0, "lr": 5e-4, "max_length": 64, "eval_every": 100, "save_every": 100}
 
@@ -129,7 +129,6 @@ if __name__ == "__main__":
     args.max_length = args.max_length or default_max_length(args.model)
     train = tokenize(load_rows(args.data), args.data, tokenizer, args.max_length)
     sets = load_sets(args.eval_data, tokenizer, args.max_length)
-    print_example(train, tokenizer)
     model = load_reward_model(args.model, tokenizer, device, args)
 
     # UNSTATED: the paper gives the learning rate alone. Optimizer and clipping are as in the

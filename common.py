@@ -245,7 +245,7 @@ def read_row(row):
             return "", [chosen, rejected]
         if isinstance(chosen, list) and isinstance(chosen[0], dict):
             return read_conversations(prompt, chosen, rejected)
-        if isinstance(chosen, list):  # the authors' release
+        if isinstance(chosen, list) and not prompt:  # the authors' release
             return read_texts(prompt, transcript(chosen), transcript(rejected))
         return read_texts(prompt, chosen, rejected)
     except (AttributeError, IndexError, KeyError, TypeError):
@@ -426,6 +426,7 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     prompts = np.concatenate(data[:100]["prompt_ids"])
     if np.mean(prompts == tokenizer.unk_token_id) > 0.5:
         fatal(f"{source}: the tokenizer knows few of the words: choose a --model for such text")
+    print_example(data, tokenizer)
     return data
 
 
@@ -436,7 +437,7 @@ def print_once(text):
 
 
 def print_example(data, tokenizer):
-    """Print the first row as the model reads it, so that a wrong template is seen at once."""
+    """Print the first row as the model reads it, so that a wrong form or template is seen."""
     texts = tokenizer.batch_decode([data[0]["prompt_ids"], *data[0]["response_ids"][:2]])
     print_once("first example: " + " | ".join(repr(text[-200:]) for text in texts))
 
@@ -845,7 +846,8 @@ def file_stamps(paths):
 
 def check_resume(folder, old, new, may_change):
     """Stop with an error if a flag or an input file is not what it was when the run began."""
-    may_change = {"resume", "output_dir", "micro_batch_tokens", "save_every", *may_change}
+    may_change = {"resume", "output_dir", "micro_batch_tokens", "save_every",
+                  "gradient_checkpointing", "offload", *may_change}
     for name in old.keys() - may_change:
         if old[name] != new.get(name):
             fatal(f"--resume: {name} was {old[name]} when {folder} began, and is {new.get(name)}")

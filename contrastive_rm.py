@@ -46,8 +46,8 @@ from tqdm.auto import tqdm
 from common import (
     RANK, TOY_DATA, HelpFormatter, batch_indices, clip_gradients, compute_rewards, decoder_layers,
     default_max_length, fatal, in_range, is_toy, load_checkpoint, load_reward_model, load_rows,
-    load_sets, load_tokenizer, log, micro_batches, named_source, open_run, print0, print_example,
-    save_checkpoint, save_model, setup, tokenize)
+    load_sets, load_tokenizer, log, micro_batches, named_source, open_run, print0, save_checkpoint,
+    save_model, setup, tokenize)
 
 TOY_SETTINGS = {
     "epochs": 3.0, "lr": 5e-4, "max_length": 64, "eval_every": 100, "save_every": 100,
@@ -77,7 +77,7 @@ def parse_args():
     add("--num-prototypes", type=in_range(int, 2), default=50,
         help="K of swav; 20 on differences")
 
-    # as in baseline_rm.py
+    # as in baseline_rm.py, but with batches of 16
     add("--model",
         help="language model or reward model: folder or hub id; by default that of the toy world")
     # DEVIATION: the paper mixes the splits of hh-rlhf and holds out a tenth. Here they are kept.
@@ -242,7 +242,6 @@ if __name__ == "__main__":
     args.max_length = args.max_length or default_max_length(args.model)
     train = tokenize(load_rows(args.data), args.data, tokenizer, args.max_length)
     sets = load_sets(args.eval_data, tokenizer, args.max_length)
-    print_example(train, tokenizer)
     model = load_reward_model(args.model, tokenizer, device, args)
     add_dropout(model, args.dropout)
     num_views = 2 if args.dropout > 0 else 1

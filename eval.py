@@ -378,7 +378,6 @@ def strength_curve(margins, strength):
 def evaluate_comparisons(model, tokenizer, data, args):
     """An EvalSet of N comparisons -> the record of the model and the points of its curves."""
     tokens = tokenize(data.rows, data.source, tokenizer, args.max_length)
-    print_example(tokens, tokenizer)
     rewards, features = compute_rewards(model, tokens, args.micro_batch_tokens, with_features=True)
     margins = (rewards[:, 0] - rewards[:, 1]).double().numpy()
     accuracy = np.full(len(data.rows), math.nan)  # NaN where a row was dropped

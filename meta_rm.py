@@ -65,8 +65,8 @@ from tqdm.auto import tqdm
 from common import (
     RANK, TOY, TOY_DATA, HelpFormatter, batch_indices, clip_gradients, compute_rewards,
     default_max_length, fatal, in_range, is_toy, load_checkpoint, load_reward_model, load_rows,
-    load_sets, load_tokenizer, log, micro_batches, named_source, open_run, print0, print_example,
-    save_checkpoint, save_model, setup, tokenize)
+    load_sets, load_tokenizer, log, micro_batches, named_source, open_run, print0, save_checkpoint,
+    save_model, setup, tokenize)
 
 TOY_SETTINGS = {
     "epochs": 3.0, "lr": 5e-4, "max_length": 64, "eval_every": 100, "save_every": 100,
@@ -93,7 +93,7 @@ def parse_args():
     add("--meta-batch-size", type=in_range(int, 1), default=16,
         help="prompts of the meta set per optimizer step, over all ranks")
 
-    # as in baseline_rm.py
+    # as in baseline_rm.py, but with batches of 16
     add("--model",
         help="language model or reward model: folder or hub id; by default that of the toy world")
     # the splits of hh-rlhf, as in the MetaRM paper
@@ -223,7 +223,6 @@ if __name__ == "__main__":
     args.max_length = args.max_length or default_max_length(args.model)
     train = tokenize(load_rows(args.data), args.data, tokenizer, args.max_length)
     sets = load_sets(args.eval_data, tokenizer, args.max_length)
-    print_example(train, tokenizer)
     meta = tokenize(
         load_rows(args.meta_data), args.meta_data, tokenizer, args.max_length, k=None)
     if len(meta) < 2:

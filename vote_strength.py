@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 from common import (
     RANK, TOY_DATA, HelpFormatter, atomic_write, batch_indices, clip_gradients, compute_rewards,
     default_max_length, fatal, in_range, is_toy, load_reward_model, load_rows, load_tokenizer, log,
-    micro_batches, named_source, open_run, print0, print_example, setup, tokenize)
+    micro_batches, named_source, open_run, print0, setup, tokenize)
 
 TOY_SETTINGS = {"epochs": 3.0, "lr": 5e-4, "max_length": 64}
 COLUMNS = ["chosen score list", "rejected score list",  # those of the authors' release
@@ -207,7 +207,6 @@ if __name__ == "__main__":
     sets = {}
     for name, rows in raw.items():
         sets[name] = tokenize(rows, sources[name], tokenizer, args.max_length)
-    print_example(sets["train"], tokenizer)
     open_run(args, [args.model, *sources.values()], may_change=["seed", "members"])
 
     # train the members, each of which leaves its votes

@@ -123,6 +123,7 @@ def test_turns_with_tools():
     {"data": [TEXT]},
     {"chosen": ["name two fruits", None], "rejected": ["name two fruits", " dog"]},
     {"prompt": TEXT, "responses": 3.0},
+    {"prompt": TEXT, "chosen": [" dog"], "rejected": [" fig", " saw", " axe"]},  # lists of answers, not of turns
     {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD, USER]},
     CHAT_FORMS["prompt"],  # a tokenizer without a chat template
 ])
@@ -136,11 +137,13 @@ def test_unusable_rows_are_dropped_and_counted(tokenizer, capsys):
     good, other = TEXT_FORMS["hh-rlhf"], "\n\nHuman: name two tools\n\nAssistant: saw"
     bad = [{**good, "rejected": x} for x in (
         good["chosen"], TEXT + "  apple  pear", TEXT + " ", None, other, TEXT + " dog" * 64)]
+    common.print_once.cache_clear()
     data = tokenize([bad[0], good, *bad[1:], good], tokenizer, 7)
     assert data["row"][:] == [1, 7] and data["truncated"][:] == [True, True]
     line = capsys.readouterr().out
     for count in ("2 with equal responses", "2 empty", "1 with different prompts", "1 without room for the prompt"):
         assert count in line
+    assert words(tokenizer, data[0]["response_ids"][0]) in line  # the first example, as it is read
     pair = {"chosen": " dog", "rejected": " fig"}
     for row in ({"prompt": None, **pair}, {"prompt": "", **pair}, {"prompt": TEXT, "responses": []},
                 {"prompt": TEXT, "responses": [" fig"]}, {"chosen": None, "rejected": [USER, GOOD]}, *bad):
