@@ -62,15 +62,13 @@ from common import (
 STRENGTH = "mean preference difference"
 LABELS = "gold", "GPT4 label"  # columns of a second label: 1 prefers chosen, 0 rejected, -1 neither
 
-CURVES = {"calibration", "differences"}  # tables that are only in eval.json
+CURVES = {"differences"}  # tables that are only in eval.json
 DETAILS = {  # tables and columns that are in eval.md, but not on the screen
-    "strength", "rows", "dropped", "loss", "ece", "overlap", "reward_difference",
+    "strength", "rows", "dropped", "loss", "overlap", "reward_difference",
     "accuracy_second", "accuracy_agreeing"}
 
 PANELS = {  # table: title of its panel in eval.png, x, label of x, y
     "reward models": ("accuracy", "model", "reward model", "accuracy"),
-    "calibration": (
-        "calibration (black: perfect)", "confidence", "confidence: sigmoid(|margin|)", "accuracy"),
     "differences": (
         "differences of two rewards", "size", "|margin|, divided by the largest", "density"),
     "strength": (
@@ -303,23 +301,6 @@ def credit(rewards, num_right):
     return (rewards[:num_right, None] > rewards[num_right:]).mean()
 
 
-def calibration(margins):
-    """Margins (n,) -> expected calibration error, and a record for each of ten bins of confidence.
-
-    Confidence is sigmoid(|margin|). A tie is half right. Bins without rows have no record."""
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    correct = np.where(margins == 0, 0.5, margins > 0)
-    bin_of = np.minimum((20 * (confidence - 0.5)).astype(int), 9)
-    points = []
-    for number in np.unique(bin_of):
-        inside = bin_of == number
-        points.append({
-            "table": "calibration", "confidence": confidence[inside].mean(),
-            "accuracy": correct[inside].mean(), "fraction": inside.mean()})
-    errors = [abs(x["confidence"] - x["accuracy"]) * x["fraction"] for x in points]
-    return sum(errors), points
-
-
 def overlap(features):
     """How much the features (N, 2, hidden) of chosen and rejected overlap (Fig. 11 as a number).
 
@@ -383,15 +364,15 @@ def evaluate_comparisons(model, tokenizer, data, args):
     accuracy = np.full(len(data.rows), math.nan)  # NaN where a row was dropped
     accuracy[tokens["row"][:]] = margins > 0
     sizes = np.abs(margins)
-    error, points = calibration(margins)
     record = {
         "table": "reward models", "accuracy": accuracy, "tie_rate": np.mean(margins == 0),
         **length_bias(margins, tokens["response_ids"]),
-        "loss": np.logaddexp(0, -margins), "ece": error, "overlap": overlap(features),
+        "loss": np.logaddexp(0, -margins), "overlap": overlap(features),
         "reward_difference": sizes, **second_label(margins, tokens)}
 
     normalized = sizes / max(sizes.max(), 1e-9)  # Fig. 16 divides by the largest
     density, edges = np.histogram(normalized, 20, (0, 1), density=True)
+    points = []
     for low, value in zip(edges, density):
         points.append({"table": "differences", "size": low + 0.025, "density": value})
     if STRENGTH in tokens.column_names:
@@ -609,8 +590,6 @@ def plot(path, records):
         if title not in axes:
             axes[title] = figure.add_subplot(
                 num_rows, 4, len(axes) + 1, title=title, xlabel=x_label, ylabel=y)
-        if table == "calibration":
-            axes[title].plot([0.5, 1], [0.5, 1], color="black")
         points = list(points)
         axes[title].errorbar(
             [point[x] for point in points], [point.get(y, math.nan) for point in points],

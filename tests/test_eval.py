@@ -78,17 +78,7 @@ def test_credit(rewards, num_right, expected):
     assert evaluation.credit(np.array(rewards, float), num_right) == expected
 
 
-def test_calibration_and_overlap():
-    """A model that is right as often as it says has no error; one that is too sure has the difference."""
-    margin = math.log(3)  # says 0.75
-    for fraction, expected in ((0.75, 0), (0.5, 0.25), (1, 0.25)):
-        right = int(fraction * 400)
-        error, points = evaluation.calibration(np.array([margin] * right + [-margin] * (400 - right)))
-        assert error == pytest.approx(expected)
-        assert [x["confidence"] for x in points] == [pytest.approx(0.75)]
-        assert [x["accuracy"] for x in points] == [fraction]
-    error, points = evaluation.calibration(np.zeros(3))  # ties: sure of nothing, and half right
-    assert error == 0 and [x["accuracy"] for x in points] == [0.5]
+def test_overlap():
     same = torch.randn(4000, 2, 8, generator=torch.Generator().manual_seed(0))
     apart = same + torch.tensor([[[1.0], [-1.0]]]) / math.sqrt(8)  # by two standard deviations: 2 Phi(-1) = 0.317
     assert evaluation.overlap(same) > 0.9 and evaluation.overlap(apart) == pytest.approx(0.317, abs=0.04)
@@ -128,9 +118,9 @@ def test_strength_curve():
 
 def test_summarize():
     values = np.array([1.0, 0.0, 1.0, math.nan, 1.0])
-    summary = evaluation.summarize({"table": "t", "accuracy": values, "one": values[:1], "ece": 0.5})
+    summary = evaluation.summarize({"table": "t", "accuracy": values, "one": values[:1], "overlap": 0.5})
     half = 1.96 * math.sqrt(0.25 * 0.75 / 3)  # of n - 1
-    expected = {"table": "t", "rows": 4, "dropped": 1, "accuracy": 0.75, "one": 1.0, "ece": 0.5}
+    expected = {"table": "t", "rows": 4, "dropped": 1, "accuracy": 0.75, "one": 1.0, "overlap": 0.5}
     assert summary == {**expected, "accuracy_half": pytest.approx(half)}  # one value: no interval
 
 
