@@ -78,6 +78,8 @@ def measure_eval(records, run):
             key = f"{place}/normalized_difference"
             mass = record["density"] / 20
             numbers[key] = numbers.get(key, 0) + record["size"] * mass
+        elif record["table"] == "best of n":
+            numbers[f"{place}/best of {record['n']}"] = record["score"]
         elif record["table"] == "wins":
             numbers[f"net wins over {record['against']}"] = record.get("net", math.nan)
     return numbers

@@ -16,6 +16,16 @@ fills in what stands between two comments:
     <!-- measured: denoising/Smoothing keeps the loss low --><!-- end -->      a claim's number
     <!-- verdict: denoising/Smoothing keeps the loss low --><!-- end -->       and its verdict
     <!-- hours: denoising --><!-- end -->                  by which code, in how many hours
+
+    a ± b         mean over the seeds, half-width of its 95 % interval (Student's t, paired by seed)
+    p             two-sided, with Holm's correction for the claims with the same figure
+    confirmed     p < 0.05, in the direction of the claim
+    opposite      p < 0.05, in the other direction
+    no effect     the interval at level 1 - 0.05 / (claims with the figure) lies in 0 ± threshold
+    undecided     none of these
+
+The threshold is half a point for accuracies and other shares. For any other number it is 5 % of the
+number that it is compared with, or what the claim says.
 """
 
 import functools

@@ -4,10 +4,15 @@ Student's t gives, and the pages show what the results files say."""
 import argparse
 import importlib
 import json
+import runpy
+import shutil
 import types
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, data, settings
+
+import common
 
 EXPERIMENTS = ["denoising", "generalisation", "ppo", "real"]
 
@@ -23,7 +28,7 @@ def load(name, monkeypatch):
     experiment = importlib.import_module(name)
     if name != "real":
         return experiment
-    command = "real.py trial --model m --train a.jsonl --test b.jsonl --gold"
+    command = "real.py trial --model m --train a.jsonl --test b.jsonl --gold --clean c.jsonl"
     monkeypatch.setattr("sys.argv", [*command.split(), "--ood", "other=d.jsonl"])
     args = experiment.parse_args()
     return types.SimpleNamespace(
@@ -88,6 +93,19 @@ def test_numbers_of_votes():
         "area under the curve": (9 * 1 + 29 * 2) / (2 * 38), "accuracy, weakest": 1 / 2,
         "accuracy, at 0": 1, "std, weakest": 19.5, "std, 20 to 40 %": 8.5}
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
+
+
+def test_another_reward_model_as_gold(tokenizer, tmp_path):
+    """It gives what the scripts read, here in docs/toy/reward_model."""
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean/model").symlink_to(ROOT / "docs/toy/reward_model")
+    shutil.copy(ROOT / "docs/clean_gold.py", tmp_path)
+    gold = runpy.run_path(tmp_path / "clean_gold.py")["gold"]
+    sets = common.load_sets([("id", data("id", 8))], tokenizer, 64)
+    model = common.load_reward_model(ROOT / "docs/toy/reward_model", tokenizer, torch.device("cpu"), settings())
+    for row, rewards in zip(common.load_rows(data("id", 8)), common.compute_rewards(model, sets["id"], 256)):
+        responses = (row["chosen"].strip(), row["rejected"].strip())  # as eval.py passes them
+        assert [gold(row["prompt"], x) for x in responses] == pytest.approx(rewards.tolist(), abs=1e-4)
 
 
 def test_summaries_are_students():

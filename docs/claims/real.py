@@ -9,10 +9,11 @@ $seed in a file's name is the seed. --gold counts the wrong labels that votes fi
 
 import argparse
 import json
+import shutil
 import types
 from pathlib import Path
 
-from run import run_missing, save_results  # first, because it extends the path
+from run import ROOT, run_missing, save_results  # first, because it extends the path
 
 import denoising
 from measure import Claim, read_lines
@@ -22,6 +23,7 @@ META = {"meta-0": "--eta 0", "plain-5e-6": "--eta 5e-6"}
 for eta in ("1e-3", "1e-2", "1e-1"):
     for update in ("restore", "alternate"):
         META[f"{update}-{eta}"] = f"--eta {eta} --ascent normalized --update {update}"
+BEST = ("baseline-1", "S3-1", "flip-1", "drop-1", "clean")  # they choose the best of n
 TEST = "eval/test/accuracy"
 WRONG = "eval/wrong/accuracy"
 
@@ -36,6 +38,7 @@ def parse_args():
     add("--train", required=True, help="comparisons")
     add("--test", required=True, help="comparisons in distribution")
     add("--gold", action="store_true", help="the column gold of --train is 0 for wrong labels")
+    add("--clean", help="--train with right labels: a reward model trained on it judges best of n")
     add("--ood", nargs="*", default=[], metavar="NAME=SOURCE", help="others out of distribution")
     add("--output-dir", help="default: runs/<name>")
     add("--seeds", type=int, default=5, help="2 or more")
@@ -46,11 +49,6 @@ def parse_args():
     add("--flags", default="", help="of all training scripts")
     add("--ppo-flags", default="--max-new-tokens 128", help="of ppo_loop.py, which samples")
     return parser.parse_args()
-
-
-def sets_of(args):
-    """The names of the sets out of distribution."""
-    return [source.partition("=")[0] for source in args.ood]
 
 
 def make_methods(args):
@@ -69,8 +67,7 @@ def make_runs(args):
         sets.append("wrong=$dir/wrong.jsonl")
     train = f"{setting} --seed $voter --eval-every 0 --save-every 0 --eval-data {' '.join(sets)}"
     voted = f"denoise_rm.py {train} --data $dir/vote/train.jsonl"
-    vote = f"vote_strength.py {setting} --seed $voter --members {args.members} --eval-data"
-    runs = {"vote": vote}
+    runs = {"vote": f"vote_strength.py {setting} --seed $voter --members {args.members} --eval-data"}
     for epochs in (1, 2):
         runs[f"baseline-{epochs}"] = f"baseline_rm.py {train} --epochs {epochs}"
         for name, flags in make_methods(args).items():
@@ -80,10 +77,16 @@ def make_runs(args):
     models = " ".join(f"{name}=$dir/{name}/model" for name in CONTRASTIVE)
     runs["features"] = f"eval.py --eval-data test={args.test} --reward-models {models}"
 
+    sample = f"ppo_loop.py --model {args.model} --iterations 0 --seed $seed {args.ppo_flags}"
+    if args.clean:
+        runs["clean"] = f"baseline_rm.py {train} --data {args.clean}"
+        runs["many"] = f"{sample} --data {args.test} --num-samples 50 --k 16"
+        models = " ".join(f"{name}=$dir/{name}/model" for name in BEST)
+        samples = "samples=$dir/many/samples.jsonl"
+        runs["best"] = f"eval.py --eval-data {samples} --gold $dir/gold.py --reward-models {models}"
+
     # MetaRM with the model's own samples; in float32, because bfloat16 rounds small steps away
-    runs["samples"] = (
-        f"ppo_loop.py --model {args.model} --data {args.train} --iterations 0 --num-samples 200 "
-        f"--k 2 --seed $seed {args.ppo_flags}")
+    runs["samples"] = f"{sample} --data {args.train} --num-samples 200 --k 2"
     for name, flags in META.items():
         runs[name] = (
             f"meta_rm.py {train} --meta-data $dir/samples/samples.jsonl {flags} --dtype float32")
@@ -95,8 +98,10 @@ def make_columns(args):
     columns = {
         "test, %": TEST, "loss on test": "eval/test/loss", "wrong labels repeated, %": WRONG,
         "overlap": "test/overlap", "ascent": "mean/train/shift", "update": "mean/train/update",
-        "difference": "eval/meta/difference", "minutes": "minutes"}
-    for name in sets_of(args):
+        "difference": "eval/meta/difference", "best of 1": "samples/best of 1",
+        "best of 16": "samples/best of 16", "minutes": "minutes"}
+    for source in args.ood:
+        name = source.partition("=")[0]
         columns[f"{name}, %"] = f"eval/{name}/accuracy"
     for name, key in denoising.COLUMNS.items():
         if "share" in key or "curve" in key:
@@ -137,12 +142,20 @@ def make_claims(args):
             claims.append(Claim("Fig. 28", text, WRONG, baseline, run))
         text = f"Dropping beats flipping, epochs: {epochs}"
         claims.append(Claim("arXiv 2509.23564", text, TEST, f"drop-{epochs}", f"flip-{epochs}"))
+    best = "samples/best of 16"
+    claims.append(Claim(
+        "best of n", "The baseline's best of 16 beats a random response", best, "baseline-1",
+        "baseline-1", smaller_key="samples/best of 1"))
+    for run in BEST[1:]:
+        text = f"The best of 16 by {run} beats that by the baseline"
+        claims.append(Claim("best of n", text, best, run, "baseline-1"))
     for name in list(META)[1:]:
         text = f"{name} sets samples further apart"
         claims.append(Claim("Fig. 16", text, "eval/meta/difference", name, "meta-0"))
         text = f"{name} costs less than half a point"
         claims.append(Claim("MetaRM Fig. 4", text, TEST, name, "meta-0", plus=0.005))
-        for place in sets_of(args):
+        for source in args.ood:
+            place = source.partition("=")[0]
             text = f"{name} helps on {place}"
             claims.append(Claim("MetaRM: ood", text, f"eval/{place}/accuracy", name, "meta-0"))
     return claims
@@ -159,6 +172,7 @@ if __name__ == "__main__":
             rows = read_lines(Path(args.train.replace("$seed", str(seed))))
             wrong = [json.dumps(row) + "\n" for row in rows if row["gold"] == 0]
             (folder / "wrong.jsonl").write_text("".join(wrong))
+        shutil.copy(ROOT / "docs/clean_gold.py", folder / "gold.py")
     runs = make_runs(args)
     if args.jobs:
         run_missing(args, args.name, runs, folders)

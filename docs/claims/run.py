@@ -17,20 +17,8 @@ To add the claim that label smoothing beats the baseline after one epoch, write 
         figure="Fig. 8", text="Label smoothing beats the baseline after one epoch",
         key="eval/id/accuracy", larger="smooth-1", smaller="baseline-1"))
 
-`run.py denoising --runs smooth-1` does this run, and those that it needs, for every seed. On a page
-this comment stands for the verdict, and with `measured` instead for the number:
-
-    <!-- verdict: denoising/Label smoothing beats the baseline after one epoch --><!-- end -->
-
-    a ± b         mean over the seeds, half-width of its 95 % interval (Student's t, paired by seed)
-    p             two-sided, with Holm's correction for the claims with the same figure
-    confirmed     p < 0.05, in the direction of the claim
-    opposite      p < 0.05, in the other direction
-    no effect     the interval at level 1 - 0.05 / (claims with the figure) lies in 0 ± threshold
-    undecided     none of these
-
-The threshold is half a point for accuracies and other shares. For any other number it is 5 % of the
-number that it is compared with, or what the claim says.
+`run.py denoising --runs smooth-1` does this run, and those that it needs, for every seed. How a
+verdict is found, and what shows it on a page: docs/tables.py.
 """
 
 import argparse
@@ -65,8 +53,6 @@ def describe_code():
     """The commit, "-dirty" with changes, the versions and the processor that a run uses."""
     commit = subprocess.getoutput(f"git -C {ROOT} describe --always --dirty --exclude '*'")
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    if torch.cuda.is_available():
-        processor = torch.cuda.get_device_name()
     return (f"commit {commit}, torch {torch.__version__}, transformers "
             f"{transformers.__version__}, processor {processor}")
 
