@@ -38,8 +38,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
 from datasets.fingerprint import Hasher
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader, HuggingFaceStorageWriter)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict)
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -186,13 +184,13 @@ def join_messages(prompt, messages):
     """Two lists of messages -> one conversation, without repeating turns that are in both."""
     known = turn_keys(prompt)
     turns = turn_keys(messages)
-    for n in range(min(len(known), len(turns)), 0, -1):
-        if turns[:n] == known[-n:]:  # the messages begin with the last n turns of the prompt
-            return prompt + messages[n:]
     for start in range(len(turns)):
-        if known and turns[start : start + len(known)] == known:  # and here they have all of them
+        if turns[start : start + len(known)] == known:  # the messages have the whole prompt
             return messages
-    return prompt + messages
+    n = 0  # or they repeat the prompt from turn n on: nothing of it, if n is its length
+    while turns[: len(known) - n] != known[n:]:
+        n += 1
+    return prompt[:n] + messages
 
 
 def read_conversations(prompt, chosen, rejected):
@@ -243,7 +241,7 @@ def read_row(row):
         is_text = isinstance(chosen, str)
         if "prompt" in row and not prompt and is_text and "\n\nAssistant:" not in chosen:
             return "", [chosen, rejected]
-        if isinstance(chosen, list) and isinstance(chosen[0], dict):
+        if isinstance(chosen[0], dict):
             return read_conversations(prompt, chosen, rejected)
         if isinstance(chosen, list) and not prompt:  # the authors' release
             return read_texts(prompt, transcript(chosen), transcript(rejected))
@@ -325,20 +323,18 @@ def encode(prompt, responses, tokenizer, max_length):
         if is_chat:
             ids = to_ids(render(prompt + response, tokenizer), tokenizer, is_chat)
         else:
-            text = prompt + response
-            while text.rstrip().endswith(tokenizer.eos_token):  # the text may bring its own
-                text = text.rstrip().removesuffix(tokenizer.eos_token)
+            # the text may bring EOS itself
+            text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+$", "", prompt + response)
             ids = to_ids(text, tokenizer, is_chat) + [tokenizer.eos_token_id]
         rows.append(without_padding(ids, tokenizer))
 
-    shortest = min(len(ids) for ids in rows)
-    longest = max(len(ids) for ids in rows)
+    lengths = [len(ids) for ids in rows]
     # one response may be the beginning of another, or equal: it keeps its last token
-    length = min(common_prefix_length(rows), shortest - 1)
+    length = min(common_prefix_length(rows), min(lengths) - 1)
     start = 1 if rows[0][0] == tokenizer.bos_token_id else 0
     # UNSTATED: the paper is silent about long rows. The authors' code skips a row if its last turn
     # alone is too long.
-    surplus = max(0, longest - max_length)
+    surplus = max(0, max(lengths) - max_length)
     rest = rows[0][start + surplus : length]
     prompt_ids = (rows[0][:start] + rest) if rest else []
     return prompt_ids, [ids[length:] for ids in rows], surplus > 0
@@ -437,17 +433,15 @@ def print_once(text):
 
 
 def print_example(data, tokenizer):
-    """Print the first row as the model reads it, so that a wrong form or template is seen."""
-    texts = tokenizer.batch_decode([data[0]["prompt_ids"], *data[0]["response_ids"][:2]])
-    print_once("first example: " + " | ".join(repr(text[-200:]) for text in texts))
+    """Print the first text as the model reads it, so that a wrong form or template is seen."""
+    text = tokenizer.decode(data[0]["prompt_ids"] + data[0]["response_ids"][0])
+    print_once(f"first example: {text[-400:]!r}")
 
 
 def load_sets(pairs, tokenizer, max_length):
     """(name, source) pairs -> {name: tokenised data set}."""
-    sets = {}
-    for name, source in pairs:
-        sets[name] = tokenize(load_rows(source, "test"), source, tokenizer, max_length)
-    return sets
+    return {name: tokenize(load_rows(source, "test"), source, tokenizer, max_length)
+            for name, source in pairs}
 
 
 def load_tokenizer(name):
@@ -514,8 +508,7 @@ def collate(data, index, device, share):
     input_ids = []
     segments = []
     position_ids = []
-    row = []
-    last = []
+    ends = []  # (row, column) of the last token of each response
     for prompt, responses in zip(examples["prompt_ids"], examples["response_ids"]):
         n = len(prompt)
         for j, response in enumerate(responses, 1):
@@ -526,12 +519,10 @@ def collate(data, index, device, share):
             input_ids[-1] += response
             segments[-1] += [j] * len(response)
             position_ids[-1] += range(n, n + len(response))
-            row.append(len(input_ids) - 1)
-            last.append(len(input_ids[-1]) - 1)
+            ends.append((len(input_ids) - 1, len(input_ids[-1]) - 1))
 
     k = len(examples["response_ids"][0])
-    row = torch.tensor(row, device=device).view(-1, k)[: len(index)]
-    last = torch.tensor(last, device=device).view(-1, k)[: len(index)]
+    row, last = torch.tensor(ends, device=device).view(-1, k, 2)[: len(index)].unbind(-1)
     return Batch(
         np.asarray(index, int), pad_rows(input_ids, 0, device), pad_rows(segments, -1, device),
         pad_rows(position_ids, 0, device), row, last)
@@ -657,7 +648,7 @@ def decoder_layers(model):
     count = model.hf_model.config.get_text_config().num_hidden_layers
     for module in model.hf_model.get_decoder().modules():  # of text, without a vision tower
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
+            return module
     raise ValueError(f"{type(model.hf_model).__name__} has no list of {count} decoder layers")
 
 
@@ -710,10 +701,8 @@ def can_share_prompts(model, max_length):
     vocab_size = model.hf_model.config.get_text_config().vocab_size
     random = np.random.default_rng(0)
     length = max(1, max_length - 1)
-    size = (1 + 512 // length, length)
     prompt = random.integers(vocab_size, size=1)
-    long = random.integers(vocab_size, size=size)
-    other_long = random.integers(vocab_size, size=size)
+    long, other_long = random.integers(vocab_size, size=(2, 1 + 512 // length, length))
     short = [random.integers(vocab_size, size=n) for n in (min(2, length), 1)]
 
     def features_of(responses, share):
@@ -725,8 +714,7 @@ def can_share_prompts(model, max_length):
 
     def relative_error(a, b):
         """The largest relative difference between the features (k, hidden) of a response."""
-        distance = (a - b).norm(dim=-1)
-        return (distance / b.norm(dim=-1)).max()
+        return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max()
 
     # apart, because a batch of rows is as wide as the longest
     separate = torch.cat([features_of(long, share=False), features_of(short, share=False)])
@@ -760,7 +748,8 @@ def compute_rewards(model, data, micro_tokens, with_features=False):
     features = torch.zeros(*rewards.shape, model.hf_model.score.in_features if with_features else 0)
     batches = micro_batches(data, np.arange(len(data)), micro_tokens, model)
     model.eval()
-    for batch in tqdm(batches, "scoring", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
+    # disable=None: no bar without a terminal
+    for batch in tqdm(batches, "scoring", leave=False, disable=RANK > 0 or None):
         batch_rewards, batch_features = model(batch, with_features=True)
         rewards[batch.index] = batch_rewards.cpu()
         if with_features:
@@ -801,7 +790,7 @@ def save_checkpoint(folder, model, optimizer, step):
     if RANK == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     dist.barrier()
-    writer = HuggingFaceStorageWriter(tmp, save_distributed=True)  # in safetensors
+    writer = dcp.HuggingFaceStorageWriter(tmp, save_distributed=True)  # in safetensors
     dcp.save(run_state(model, optimizer), storage_writer=writer)
     if RANK == 0:
         tmp.rename(Path(folder, f"checkpoint-{step}"))
@@ -812,7 +801,7 @@ def save_checkpoint(folder, model, optimizer, step):
 def load_checkpoint(folder, model, optimizer, step):
     """Load <folder>/checkpoint-<step> in place; any number of ranks may have written it."""
     state = run_state(model, optimizer)
-    reader = HuggingFaceStorageReader(Path(folder, f"checkpoint-{step}"))
+    reader = dcp.HuggingFaceStorageReader(Path(folder, f"checkpoint-{step}"))
     saved = reader.read_metadata().state_dict_metadata
     # a weight that never had a gradient has no moments
     state["optimizer"] = {
@@ -823,9 +812,8 @@ def load_checkpoint(folder, model, optimizer, step):
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder of a RewardModel or Policy. Plain transformers loads it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
+    weights = get_model_state_dict(model.hf_model, options=options)
     if RANK == 0:
-        weights = {name.removeprefix("hf_model."): x for name, x in weights.items()}
         model.hf_model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
     print0(f"saved {folder}")

@@ -46,7 +46,6 @@ import argparse
 import json
 import math
 import runpy
-import time
 from typing import NamedTuple
 
 import datasets
@@ -59,20 +58,20 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common import (
-    RANK, TOY, WORLD_SIZE, HelpFormatter, RewardModel, atomic_write, batch_indices,
+    RANK, TOY, TOY_DATA, WORLD_SIZE, HelpFormatter, RewardModel, atomic_write, batch_indices,
     clip_gradients, compute_rewards, default_max_length, end_ids, fatal, in_range, is_toy,
     load_checkpoint, load_pretrained, load_reward_model, load_rows, load_tokenizer, log,
     micro_batches, named_source, open_run, prepare, print0, read_row, render, save_checkpoint,
     save_model, setup, to_ids)
 
+GAE_LAMBDA = 0.95
 TOY_FILES = {
-    "model": f"{TOY}/model", "reward_model": f"{TOY}/reward_model", "gold": f"{TOY}/make.py",
-    "data": f"{TOY}/train.jsonl",
-    "eval_data": [("id", f"{TOY}/id.jsonl"), ("ood", f"{TOY}/ood.jsonl")]}
+    **TOY_DATA, "reward_model": f"{TOY}/reward_model", "gold": f"{TOY}/make.py",
+    "eval_data": TOY_DATA["eval_data"][:2]}  # id and ood
 TOY_SETTINGS = {
     "iterations": 100, "epochs": 2, "batch_size": 16, "lr": 1e-3, "critic_lr": 1e-3,
     "max_length": 64, "max_new_tokens": 12, "rollout_batch_size": 64, "temperature": 1.0,
-    "kl_coef": 0.2, "reward_clip": 0.0, "eval_every": 50, "save_every": 50}
+    "kl_coef": 0.2, "reward_clip": 0.0, "eval_every": 50}
 
 
 def parse_args():
@@ -82,6 +81,9 @@ def parse_args():
         f"{TOY_SETTINGS}")
     parser.error = fatal  # one line, without the usage
     add = parser.add_argument
+    positive = in_range(int, 1)
+    not_negative = in_range(float, 0)
+
     # models and data
     # UNSTATED: what reward model, policy and reference start from in a later round. Here all three
     # are flags.
@@ -103,38 +105,36 @@ def parse_args():
     add("--iterations", type=in_range(int, 0), default=2000,
         help="roll-outs, each followed by --epochs updates; 0: write samples.jsonl only")
     # UNSTATED: whether the paper's batch of 32 are prompts or responses. Here prompts.
-    add("--batch-size", type=in_range(int, 1), default=32,
+    add("--batch-size", type=positive, default=32,
         help="prompts per iteration, over all ranks")
-    add("--num-responses", type=in_range(int, 1), default=4,
+    add("--num-responses", type=positive, default=4,
         help="responses to each prompt of an iteration")
-    add("--max-new-tokens", type=int, default=512, help="maximum length of a response in tokens")
+    add("--max-new-tokens", type=positive, default=512,
+        help="maximum length of a response in tokens")
     # DEVIATION: the paper also samples with top-p 0.9 and a repetition penalty of 1.1. PPO needs
     # the log-probabilities of the distribution it samples from, and those of a nucleus are not
     # defined once the policy has moved.
-    add("--temperature", type=float, default=0.8,
+    add("--temperature", type=in_range(float, 0.01), default=0.8,
         help="temperature of sampling and of all log-probabilities")
-    add("--rollout-batch-size", type=in_range(int, 1), default=8,
+    add("--rollout-batch-size", type=positive, default=8,
         help="prompts whose responses are sampled together")
 
     # rewards and advantages
-    add("--kl-coef", type=in_range(float, 0), default=0.05,
+    add("--kl-coef", type=not_negative, default=0.05,
         help="beta, the weight of the KL penalty; 0: no penalty")
     add("--reward-scaling", choices=["none", "std", "norm"], default="norm",
         help="std: divide scores by their running std; norm: also subtract their running mean")
-    add("--reward-clip", type=in_range(float, 0), default=0.8,
+    add("--reward-clip", type=not_negative, default=0.8,
         help="c', the largest size of a rescaled score; 0, or without scaling: no clipping")
     # UNSTATED: the penalty. The clip ranges, here those of the authors' released PPO. Whether
     # advantages are whitened. Whether the runs without a KL penalty rescale scores, too.
-    add("--missing-eos-penalty", type=in_range(float, 0), default=1.0,
+    add("--missing-eos-penalty", type=not_negative, default=1.0,
         help="subtracted from the rescaled score of a response without a stop token")
-    add("--gae-lambda", type=in_range(float, 0, 1), default=0.95, help="lambda of GAE")
 
     # updates
-    add("--epochs", type=in_range(int, 1), default=1, help="updates on a roll-out")
-    add("--clip-range", type=in_range(float, 0), default=0.2,
-        help="c in the policy's loss, the clip range of the ratio")
-    add("--clip-range-value", type=in_range(float, 0), default=0.2,
-        help="c in the critic's loss, the clip range of the change in value; 0: no clipping")
+    add("--epochs", type=positive, default=1, help="updates on a roll-out")
+    add("--clip-range", type=not_negative, default=0.2,
+        help="c, the clip range of the policy's ratio and of the change in value; inf: no clipping")
     add("--lr", type=float, default=5e-7, help="peak learning rate of the policy's AdamW")
     add("--critic-lr", type=float, default=1.5e-6, help="peak learning rate of the critic's AdamW")
     add("--warmup-ratio", type=in_range(float, 0, 1), default=0.1,
@@ -143,11 +143,11 @@ def parse_args():
     # evaluation and samples
     add("--eval-every", type=int, default=100,
         help="iterations between evaluations; 0: only at the start and at the end")
-    add("--eval-prompts", type=in_range(int, 1), default=200,
+    add("--eval-prompts", type=positive, default=200,
         help="random prompts of each set of --eval-data, with one response to each")
     add("--num-samples", type=in_range(int, 0), default=1000,
         help="random prompts of --data in samples.jsonl")
-    add("--k", type=in_range(int, 1), default=5, help="responses to each prompt in samples.jsonl")
+    add("--k", type=positive, default=5, help="responses to each prompt in samples.jsonl")
 
     # as in the other scripts
     add("--output-dir", default="runs/ppo_loop",
@@ -181,14 +181,14 @@ def parse_args():
     return args
 
 
-class Prompts(NamedTuple):
-    """N prompts, all of them texts or all of them conversations."""
-    texts: list  # (N,) texts or lists of messages
-    ids: list    # (N,) and their token ids
+class Prompt(NamedTuple):
+    """A prompt and its token ids, which may be truncated."""
+    text: object  # a text or a list of messages
+    ids: list
 
     @property
     def is_chat(self):
-        return isinstance(self.texts[0], list)
+        return isinstance(self.text, list)
 
 
 class Models(NamedTuple):
@@ -225,17 +225,13 @@ class Policy(RewardModel):
             return None, hidden[batch.row, batch.last].float()
         return self.hf_model(**inputs).logits[at].float()
 
-    def stop_tokens(self):
-        """The token ids that end a response."""
-        return self.hf_model.generation_config.eos_token_id
-
     def generate(self, ids, **kwargs):
         """Sample with transformers' generate. FSDP gathers weights once, not for every token."""
         sharded = [module for module in self.modules() if isinstance(module, FSDPModule)]
         for module in sharded:
             module.set_reshard_after_forward(False)
         self.eval()  # or gradient checkpointing would turn the cache off
-        tokens = self.hf_model.generate(ids, synced_gpus=WORLD_SIZE > 1, use_cache=True, **kwargs)
+        tokens = self.hf_model.generate(ids, synced_gpus=WORLD_SIZE > 1, **kwargs)
         self.train()
         for module in sharded:
             module.set_reshard_after_forward(True)
@@ -266,14 +262,13 @@ def compare_tokenizers(tokenizer, other, is_chat):
     """What makes two tokenizers read the same response as different ids: a list of names.
 
     Pad tokens may differ. Chat templates matter for conversations only."""
-    pads = {tokenizer.pad_token, other.pad_token}
-    parts = []
-    for x in (tokenizer, other):
-        parts.append({
-            "vocabulary": {word: i for word, i in x.get_vocab().items() if word not in pads},
-            "EOS token": x.eos_token, "BOS token": to_ids("a", x, is_chat=False),
-            "chat template": x.chat_template if is_chat else None})
-    return [name for name in parts[0] if parts[0][name] != parts[1][name]]
+    words = {word for word, _ in tokenizer.get_vocab().items() ^ other.get_vocab().items()}
+    differs = {
+        "vocabulary": words - {tokenizer.pad_token, other.pad_token},
+        "EOS token": tokenizer.eos_token != other.eos_token,
+        "BOS token": to_ids("a", tokenizer, False) != to_ids("a", other, False),
+        "chat template": is_chat and tokenizer.chat_template != other.chat_template}
+    return [name for name, found in differs.items() if found]
 
 
 def warn_of_template(prompt, tokenizer):
@@ -288,14 +283,14 @@ def warn_of_template(prompt, tokenizer):
 
 
 def load_prompts(source, split, tokenizer, args, limit=math.inf):
-    """`limit` prompts of a data set, in a random order that is always the same -> Prompts.
+    """`limit` prompts of a data set, in a random order that is always the same -> list of Prompt.
 
     Rows whose prompt has no tokens are dropped and counted, and so are comparisons of answers to
     different prompts. A long prompt keeps its BOS and its newest tokens, so that a response and its
     end fit in --max-length. Stops with an error at a row that cannot be read, or if only some of
     the prompts are conversations."""
     rows = load_rows(source, split)
-    prompts = Prompts([], [])
+    prompts = []
     # hh-rlhf has all harmless prompts first
     order = np.random.default_rng(0).permutation(len(rows))
     for num_read, i in enumerate(order, 1):
@@ -309,38 +304,38 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
         except Exception as error:  # a chat template may raise anything
             fatal(f"{source}: row {i + 1}: {error!r}")
         if ids:
-            prompts.texts.append(prompt)
-            prompts.ids.append(ids)
-        if len(prompts.ids) == limit:
+            prompts.append(Prompt(prompt, ids))
+        if len(prompts) == limit:
             break
-    if not prompts.ids:
+    if not prompts:
         fatal(f"{source}: no row has a prompt")
-    if len({type(text) for text in prompts.texts}) > 1:
+    if len({prompt.is_chat for prompt in prompts}) > 1:
         fatal(f"{source}: some prompts are texts, and some are conversations")
 
     # truncate from the left, but keep BOS
-    room = args.max_length - args.max_new_tokens - len(end_ids(tokenizer, prompts.is_chat))
+    room = args.max_length - args.max_new_tokens - len(end_ids(tokenizer, prompts[0].is_chat))
     if room < 2:
         fatal("--max-length minus --max-new-tokens leaves no room for a prompt")
     num_truncated = 0
-    for i, ids in enumerate(prompts.ids):
-        if len(ids) > room:
+    for _, ids in prompts:
+        surplus = len(ids) - room
+        if surplus > 0:
             start = 1 if ids[0] == tokenizer.bos_token_id else 0
-            prompts.ids[i] = ids[:start] + ids[start - room :]
+            del ids[start : start + surplus]
             num_truncated += 1
-    print0(f"{source}: {len(prompts.ids):,} of {num_read:,} rows have a prompt; "
+    print0(f"{source}: {len(prompts):,} of {num_read:,} rows have a prompt; "
            f"{num_truncated:,} prompts truncated to {room} tokens")
     return prompts
 
 
 @torch.no_grad()
-def sample_responses(policy, prompt_ids, k, seed, args):
+def sample_responses(policy, prompts, k, seed, args):
     """k responses to each prompt: token ids (N, k, tokens) up to a stop token or --max-new-tokens.
 
     They are equal on all ranks, whatever their number. `seed`: numbers, unique to this call."""
-    stop = policy.stop_tokens()
+    stop = policy.hf_model.generation_config.eos_token_id  # all stop tokens
     size = args.rollout_batch_size
-    chunks = [prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size)]
+    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     # Rank r samples the chunks r, r + WORLD_SIZE, r + 2 WORLD_SIZE, ... FSDP needs equally many
     # calls on each rank, so after the last chunk the count starts again at 0. Of 5 chunks, rank 0
@@ -354,8 +349,8 @@ def sample_responses(policy, prompt_ids, k, seed, args):
         torch.manual_seed(int(np.random.default_rng((*seed, number)).integers(2**62)))
 
         # prompts end in the same column, with padding (-1) on the left
-        width = max(len(ids) for ids in chunk)
-        ids = [[-1] * (width - len(ids)) + ids for ids in chunk]
+        width = max(len(ids) for _, ids in chunk)
+        ids = [[-1] * (width - len(ids)) + ids for _, ids in chunk]
         ids = torch.tensor(ids, device=policy.device)
         tokens = policy.generate(
             ids.clamp(min=0), attention_mask=(ids >= 0).long(), num_return_sequences=k)
@@ -375,17 +370,17 @@ def sample_responses(policy, prompt_ids, k, seed, args):
     return [response for number in range(len(chunks)) for response in sampled[number]]
 
 
-def decode(prompt, prompt_ids, responses, tokenizer):
+def decode(prompt, responses, tokenizer):
     """Responses (k, tokens) -> texts up to the next human turn or, in a conversation, messages.
 
     A text begins as the policy wrote it, with or without a space. It is decoded after the last
     token of the prompt, because some tokenizers leave out a space at the very beginning."""
-    before = prompt_ids[-1:]
+    before = prompt.ids[-1:]
     start = len(tokenizer.decode(before, skip_special_tokens=True))
     texts = []
     for tokens in responses:
         text = tokenizer.decode(before + tokens, skip_special_tokens=True)[start:]
-        if isinstance(prompt, list):
+        if prompt.is_chat:
             texts.append([{"role": "assistant", "content": text.strip()}])
         else:
             texts.append(text.split("\n\nHuman:")[0].rstrip())
@@ -403,32 +398,30 @@ def response_tokens(batch, length):
         segments    0 0   1 1   2        ids      [7, 8, 9]
         column      0 1   2 3   4        before   rows [0, 0, 0], columns [1, 2, 1]
     """
-    prompt_length = (batch.segments[batch.row] == 0).sum(-1)  # (B, k)
-    count = batch.position_ids[batch.row, batch.last] + 1 - prompt_length
-    first = batch.last - count + 1  # the column of a response's first token
-
-    offset = torch.arange(length, device=first.device)
-    mask = offset < count[..., None]
-    row = batch.row[..., None].expand_as(mask)[mask]
-    column = first[..., None] + offset
+    prompt_length = (batch.segments == 0).sum(1)  # (R,)
+    row, column = (batch.segments > 0).nonzero(as_tuple=True)  # in the order of the mask
     # the first token of a response is predicted by the last one of the prompt
-    before = torch.where(offset > 0, column - 1, prompt_length[..., None] - 1)
-    return mask, batch.input_ids[row, column[mask]], (row, before[mask])
+    is_first = batch.segments[row, column] != batch.segments[row, column - 1]
+    before = torch.where(is_first, prompt_length[row] - 1, column - 1)
+
+    count = batch.position_ids[batch.row, batch.last] + 1 - prompt_length[batch.row]  # (B, k)
+    mask = torch.arange(length, device=count.device) < count[..., None]
+    return mask, batch.input_ids[row, column], (row, before)
 
 
 def read_logp(policy, batch, args):
     """Log-probability of each response token at --temperature (B, k, L), 0 where there is none."""
     mask, ids, before = response_tokens(batch, args.max_new_tokens)
     logits = policy(batch, at=before) / args.temperature  # (n, vocabulary)
-    logp = torch.log_softmax(logits, -1).gather(1, ids[:, None])[:, 0]
-    return torch.zeros(mask.shape, device=logp.device).masked_scatter(mask, logp)
+    logp = -nn.functional.cross_entropy(logits, ids, reduction="none")
+    return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
 def read_values(critic, batch, args):
     """The critic's value before each response token (B, k, L), 0 where there is none."""
     mask, _, before = response_tokens(batch, args.max_new_tokens)
     values = critic(batch, at=before)
-    return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 @torch.no_grad()
@@ -472,11 +465,10 @@ def policy_loss(logp, old_logp, advantages, clip_range):
 
 
 def value_loss(values, old_values, returns, clip_range):
-    """Loss of each token (...) and whether it is clipped; clip_range 0: no clipping."""
-    plain = clipped = (values - returns) ** 2
-    if clip_range:
-        change = (values - old_values).clamp(-clip_range, clip_range)
-        clipped = (old_values + change - returns) ** 2
+    """Loss of each token (...) and whether it is clipped."""
+    plain = (values - returns) ** 2
+    near_old = values.clamp(old_values - clip_range, old_values + clip_range)
+    clipped = (near_old - returns) ** 2
     return torch.maximum(plain, clipped) / 2, clipped > plain
 
 
@@ -499,8 +491,9 @@ def rescale(scores, sums, scaling, clip):
     return scores.clamp(-clip, clip) if clip and scaling != "none" else scores
 
 
-def make_rows(prompt_ids, responses):
-    """Token ids of N prompts and of k responses to each -> a data set for `micro_batches`."""
+def make_rows(prompts, responses):
+    """N prompts and the token ids of k responses to each -> a data set for `micro_batches`."""
+    prompt_ids = [prompt.ids for prompt in prompts]
     lengths = [len(x) + sum(map(len, y)) for x, y in zip(prompt_ids, responses)]
     return datasets.Dataset.from_dict(
         {"prompt_ids": prompt_ids, "response_ids": responses, "length": lengths})
@@ -517,40 +510,34 @@ def end_response(tokens, stop, end):
 def mean_gold(prompts, responses, models):
     """The mean true reward of all responses, whole as the reward model reads them."""
     values = []
-    for prompt, y in zip(prompts.texts, responses):
+    for prompt, y in zip(prompts, responses):
         for text in models.tokenizer.batch_decode(y, skip_special_tokens=True):
-            values.append(float(models.gold(prompt, text.strip())))
+            values.append(float(models.gold(prompt.text, text.strip())))
     return np.mean(values)
 
 
 def score_rollouts(prompts, responses, models, args):
-    """Prompts and the token ids (N, k, tokens) of responses -> Rollout.
+    """N prompts and the token ids (N, k, tokens) of responses -> Rollout.
 
     Its means: score, score_std within a prompt, gold, ended, length in tokens. At --temperature: kl
     to the reference in nats per response, and perplexity under the reference."""
     device = models.policy.device
 
     # log-probabilities (N, k, L)
-    rows = make_rows(prompts.ids, responses)
+    rows = make_rows(prompts, responses)
     logp = read_all(read_logp, models.policy, rows, args)
     reference_logp = read_all(read_logp, models.reference, rows, args)
 
     # how long each response is, whether it ends, and how the reward model reads it
-    stop = models.policy.stop_tokens()
-    end = end_ids(models.reward_tokenizer, prompts.is_chat)
-    counts = []
-    ended = []
-    complete = []
-    for y in responses:
-        counts.append([len(tokens) for tokens in y])
-        ended.append([tokens[-1] in stop for tokens in y])
-        complete.append([end_response(tokens, stop, end) for tokens in y])
-    counts = torch.tensor(counts, device=device)
-    ended = torch.tensor(ended, device=device)
+    stop = models.policy.hf_model.generation_config.eos_token_id
+    end = end_ids(models.reward_tokenizer, prompts[0].is_chat)
+    counts = torch.tensor([[len(tokens) for tokens in y] for y in responses], device=device)
+    ended = torch.tensor([[tokens[-1] in stop for tokens in y] for y in responses], device=device)
+    complete = [[end_response(tokens, stop, end) for tokens in y] for y in responses]
     mask = torch.arange(args.max_new_tokens, device=device) < counts[..., None]
 
     # scores (N, k)
-    scored_rows = make_rows(prompts.ids, complete)
+    scored_rows = make_rows(prompts, complete)
     scores = compute_rewards(models.reward_model, scored_rows, args.micro_batch_tokens).to(device)
 
     # averages for the log
@@ -570,11 +557,11 @@ def evaluate(models, sets, args, step):
     metrics = {}
     for number, (name, prompts) in enumerate(sets.items()):
         seed = args.seed, step, 1, number
-        responses = sample_responses(models.policy, prompts.ids, 1, seed, args)
+        responses = sample_responses(models.policy, prompts, 1, seed, args)
         means = score_rollouts(prompts, responses, models, args).means
         metrics.update({f"eval/{name}/{key}": value for key, value in means.items()})
         line = ", ".join(f"{key} {value:.2f}" for key, value in means.items())
-        prompt = str(prompts.texts[0])[-60:]
+        prompt = str(prompts[0].text)[-60:]
         response = models.tokenizer.decode(responses[0][0])[:80]
         print0(f"{name} after {step} iterations: {line}; {prompt!r} -> {response!r}")
     return metrics
@@ -590,19 +577,19 @@ if __name__ == "__main__":
     args.max_length = args.max_length or default_max_length(args.model)
     limit = math.inf if args.iterations else args.num_samples
     prompts = load_prompts(args.data, "train", tokenizer, args, limit)
-    if prompts.is_chat:
-        warn_of_template(prompts.texts[0], tokenizer)
+    sets = {}  # prompts to evaluate on
+    if args.iterations:
+        for name, source in args.eval_data:
+            sets[name] = load_prompts(source, "test", tokenizer, args, args.eval_prompts)
+    chats = [x[0].text for x in (prompts, *sets.values()) if x[0].is_chat]
+    if chats:
+        warn_of_template(chats[0], tokenizer)
     policy = load_policy(args.model, tokenizer, device, args, "--model")
 
     if args.iterations:
-        # prompts to evaluate on
-        sets = {}
-        for name, source in args.eval_data:
-            sets[name] = load_prompts(source, "test", tokenizer, args, args.eval_prompts)
-
         # tokenizers: the reward model must read the ids that the policy writes
         reward_tokenizer = load_tokenizer(args.reward_model)
-        different = compare_tokenizers(tokenizer, reward_tokenizer, prompts.is_chat)
+        different = compare_tokenizers(tokenizer, reward_tokenizer, bool(chats))
         if different:
             fatal(f"--reward-model {args.reward_model} and --model {args.model} must have the same "
                   f"tokenizer, but theirs differ in: {', '.join(different)}")
@@ -656,25 +643,23 @@ if __name__ == "__main__":
         optimizer.param_groups[1]["lr"] = args.critic_lr * factor
 
         # sample responses to the next prompts
-        began = time.time()
-        index = batch_indices(len(prompts.ids), args.batch_size, args.seed, step)
-        batch_prompts = Prompts([prompts.texts[i] for i in index], [prompts.ids[i] for i in index])
+        index = batch_indices(len(prompts), args.batch_size, args.seed, step)
+        batch_prompts = [prompts[i] for i in index]
         seed = args.seed, step, 0
-        responses = sample_responses(policy, batch_prompts.ids, args.num_responses, seed, args)
-        rollout_seconds = time.time() - began
+        responses = sample_responses(policy, batch_prompts, args.num_responses, seed, args)
 
         # scores of whole responses (N, k), rescaled, with a penalty where a response does not end
         rollout = score_rollouts(batch_prompts, responses, models, args)
         scores = rescale(
             rollout.scores, trained.score_sums, args.reward_scaling, args.reward_clip)
-        scores = torch.where(rollout.ended, scores, scores - args.missing_eos_penalty)
+        scores = scores - args.missing_eos_penalty * ~rollout.ended
 
         # rewards, values, advantages and returns of their tokens (N, k, L)
         old_logp = rollout.logp
         mask = rollout.mask
         rewards = token_rewards(scores, old_logp, rollout.reference_logp, mask, args.kl_coef)
         old_values = read_all(read_values, critic, rollout.rows, args)
-        advantages = estimate_advantages(rewards, old_values, args.gae_lambda)
+        advantages = estimate_advantages(rewards, old_values, GAE_LAMBDA)
         returns = advantages + old_values
         num_tokens = mask.sum()
         if num_tokens > 1:  # whiten; a single token has no std
@@ -699,7 +684,7 @@ if __name__ == "__main__":
                 # the critic's gradient
                 values = read_values(critic, batch, args)
                 critic_loss, value_clipped = value_loss(
-                    values, old_values[i], returns[i], args.clip_range_value)
+                    values, old_values[i], returns[i], args.clip_range)
                 (critic_loss[real].sum() / num_tokens).backward()
 
                 # sums over the tokens, for the log
@@ -724,17 +709,12 @@ if __name__ == "__main__":
 
         # log, evaluate and save
         metrics = {**losses, **rollout.means, "entropy": -old_logp[mask].mean().item(),
-                   "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
-                   "rollout_seconds": rollout_seconds}
-        if num_tokens > 1:
-            unexplained = (returns - old_values)[mask].var() / returns[mask].var()
-            metrics["explained_variance"] = 1 - unexplained.item()
+                   "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm}
         metrics = {f"ppo/{key}": value for key, value in metrics.items()}
         if done == args.iterations or args.eval_every and done % args.eval_every == 0:
             metrics.update(evaluate(models, sets, args, done))
         log(args.output_dir, done, metrics)
-        shown = {key: x for key, x in rollout.means.items() if key in ("score", "gold", "kl")}
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix(rollout.means, refresh=False)
         if args.save_every and done % args.save_every == 0 and done < args.iterations:
             save_checkpoint(args.output_dir, trained, optimizer, done)
 
@@ -744,10 +724,10 @@ if __name__ == "__main__":
 
     # its samples, for meta_rm.py
     seed = args.seed, args.iterations, 2
-    responses = sample_responses(policy, prompts.ids[: args.num_samples], args.k, seed, args)
-    samples = []
-    for prompt, ids, y in zip(prompts.texts, prompts.ids, responses):
-        sample = {"prompt": prompt, "responses": decode(prompt, ids, y, tokenizer)}
-        samples.append(json.dumps(sample) + "\n")
+    responses = sample_responses(policy, prompts[: args.num_samples], args.k, seed, args)
+    lines = ""
+    for prompt, y in zip(prompts, responses):
+        sample = {"prompt": prompt.text, "responses": decode(prompt, y, tokenizer)}
+        lines += json.dumps(sample) + "\n"
     if RANK == 0:
-        atomic_write(f"{args.output_dir}/samples.jsonl", "".join(samples))
+        atomic_write(f"{args.output_dir}/samples.jsonl", lines)

@@ -103,7 +103,7 @@ def test_advantages_against_a_plain_loop():
 @pytest.mark.parametrize("share", [True, False])
 def test_response_tokens_by_hand(share):
     """The docstring's example."""
-    rows = ppo_loop.make_rows([[5, 6]], [[[7, 8], [9]]])
+    rows = ppo_loop.make_rows(prompts_of([[5, 6]]), [[[7, 8], [9]]])
     mask, ids, before = ppo_loop.response_tokens(common.collate(rows, [0], CPU, share), 3)
     assert mask.int().tolist() == [[[1, 1, 0], [1, 0, 0]]] and ids.tolist() == [7, 8, 9]
     assert [x.tolist() for x in before] == [[0, 0, 0 if share else 1], [1, 2, 1]]
@@ -118,7 +118,9 @@ def test_losses_by_hand():
     values, old, returns = torch.tensor([1.0, 3, 3]), torch.tensor([1.0, 1, 1]), torch.tensor([2.0, 4, 0])
     loss, clipped = ppo_loop.value_loss(values, old, returns, 0.5)
     assert loss.tolist() == [0.5, 2.5**2 / 2, 4.5] and clipped.tolist() == [False, True, False]
-    assert ppo_loop.value_loss(values, old, returns, 0)[0].tolist() == [0.5, 0.5, 4.5]
+    assert ppo_loop.value_loss(values, old, returns, math.inf)[0].tolist() == [0.5, 0.5, 4.5]
+    # old + (new - old) is not new, but rounding does not count as clipping
+    assert not ppo_loop.value_loss(torch.tensor(0.1), torch.tensor(-0.05), torch.tensor(0.05), 0.2)[1]
 
 
 def test_rewards_stand_at_the_last_token():
@@ -152,6 +154,10 @@ def test_responses_end_as_in_reward_training():
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
+def prompts_of(rows):
+    return [ppo_loop.Prompt("", ids) for ids in rows]
+
+
 def test_samples_follow_the_policy(llama, tokenizer):
     """First tokens of 4,000 samples against the softmax at the temperature; prompts of two lengths in one call. The
     total variation is 0.04 on average, with a standard deviation of 0.003."""
@@ -159,13 +165,13 @@ def test_samples_follow_the_policy(llama, tokenizer):
     policy.hf_model.generation_config.max_new_tokens = 1
     with torch.no_grad():
         policy.hf_model.lm_head.weight *= 8  # opinions
-    prompts = [[1, 7, 9], [1, 4, 5, 6, 7, 8, 9, 10]]
+    prompts = prompts_of([[1, 7, 9], [1, 4, 5, 6, 7, 8, 9, 10]])
     responses = ppo_loop.sample_responses(policy, prompts, 4000, (0, 0, 1), args())
     assert responses == ppo_loop.sample_responses(policy, prompts, 4000, (0, 0, 1), args())
     assert responses != ppo_loop.sample_responses(policy, prompts, 4000, (0, 0, 2), args())
     for prompt, response in zip(prompts, responses):
         with torch.no_grad():
-            expected = torch.softmax(policy.hf_model(torch.tensor([prompt])).logits[0, -1] / 0.5, -1)
+            expected = torch.softmax(policy.hf_model(torch.tensor([prompt.ids])).logits[0, -1] / 0.5, -1)
         drawn = torch.bincount(torch.tensor(response)[:, 0], minlength=len(expected)) / 4000
         assert expected.max() > 0.05 and (drawn - expected).abs().sum() / 2 < 0.1
 
@@ -176,7 +182,8 @@ def test_a_policy_stops_at_each_of_its_stop_tokens(llama, tokenizer, tmp_path):
     model.generation_config.update(eos_token_id=[2, 5, 9], repetition_penalty=50.0, num_beams=2, do_sample=True)
     model.save_pretrained(tmp_path)
     policy = ppo_loop.load_policy(tmp_path, tokenizer, CPU, args(max_new_tokens=60), "--model")
-    responses = ppo_loop.sample_responses(policy, [[1, 7, 9 + i % 5] for i in range(50)], 3, (0, 1, 1), args())
+    prompts = prompts_of([1, 7, 9 + i % 5] for i in range(50))
+    responses = ppo_loop.sample_responses(policy, prompts, 3, (0, 1, 1), args())
     lasts = []
     for y in sum(responses, []):
         assert not {2, 5, 9} & set(y[:-1]) and (y[-1] in (2, 5, 9) or len(y) == 60)
@@ -190,7 +197,7 @@ def test_sampling_in_bf16_leaves_the_weights_sharded(llama, tokenizer):
     batch = common.collate(DATA, [0, 1, 2], "cpu", policy.share)
     flags = args(max_new_tokens=9)
     before = ppo_loop.read_logp(policy, batch, flags).detach()
-    responses = ppo_loop.sample_responses(policy, [[1, 5], [1, 6, 7]], 3, (0, 0, 0), args())
+    responses = ppo_loop.sample_responses(policy, prompts_of([[1, 5], [1, 6, 7]]), 3, (0, 0, 0), args())
     assert [len(y) for y in responses] == [3, 3] and policy.training
     assert all(isinstance(p, DTensor) for p in policy.parameters())
     with torch.no_grad():
@@ -204,21 +211,26 @@ def write(name, rows):
     return str(name)
 
 
+def texts(prompts):
+    return [prompt.text for prompt in prompts]
+
+
 def test_prompts(tokenizer, tmp_path, capsys):
     """Of rows with a prompt alone and of comparisons; long ones keep the BOS and their end, with room for an EOS."""
     rows = [{"prompt": text} for text in ("name two fruits", "name three tools and four trees", "", None)]
     prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args(max_length=10))
-    assert sorted(prompts.texts, reverse=True) == [row["prompt"] for row in rows[:2]]
-    assert sorted(tokenizer.batch_decode(prompts.ids)) == ["<s> and four trees", "<s> name two fruits"]
+    assert sorted(texts(prompts), reverse=True) == [row["prompt"] for row in rows[:2]]
+    read = sorted(tokenizer.decode(prompt.ids) for prompt in prompts)
+    assert read == ["<s> and four trees", "<s> name two fruits"]
     assert "2 of 4 rows have a prompt; 1 prompts truncated" in capsys.readouterr().out
     everything = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args())
     prompts = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args(), 7)
-    assert prompts.texts == everything.texts[:7]
+    assert prompts == everything[:7]
     in_file = [json.loads(line)["prompt"] for line in Path(data("id", 40)).read_text().splitlines()]
-    assert sorted(everything.texts) == sorted(in_file) and everything.texts != in_file
+    assert sorted(texts(everything)) == sorted(in_file) and texts(everything) != in_file
     for other in ({"responses": []}, {"chosen": None, "rejected": None}, {"responses": [" fig"], "chosen": None}):
         one = write(tmp_path / "one.jsonl", [{"prompt": "name two fruits", **other}])
-        assert ppo_loop.load_prompts(one, "train", tokenizer, args()).texts == ["name two fruits"]
+        assert texts(ppo_loop.load_prompts(one, "train", tokenizer, args())) == ["name two fruits"]
 
 
 def test_prompts_are_texts_or_conversations(tmp_path):
@@ -241,9 +253,11 @@ def test_gold_reads_what_the_reward_model_reads():
 
     text = " fig\n\nHuman: dog "
     models = ppo_loop.Models(None, None, None, Words(), None, lambda prompt, response: len(response))
-    assert ppo_loop.mean_gold(ppo_loop.Prompts(["name"], []), [[text, "fig"]], models) == (len(text) - 2 + 3) / 2
-    assert ppo_loop.decode("name", "name", [text, "fig"], Words()) == [" fig", "fig"]
-    assert ppo_loop.decode(CHAT, "name", [text], Words()) == [[{"role": "assistant", "content": text.strip()}]]
+    prompt = ppo_loop.Prompt("name", "name")
+    assert ppo_loop.mean_gold([prompt], [[text, "fig"]], models) == (len(text) - 2 + 3) / 2
+    assert ppo_loop.decode(prompt, [text, "fig"], Words()) == [" fig", "fig"]
+    message = {"role": "assistant", "content": text.strip()}
+    assert ppo_loop.decode(ppo_loop.Prompt(CHAT, "name"), [text], Words()) == [[message]]
 
 
 def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
@@ -252,10 +266,10 @@ def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
     tokenizer.backend_tokenizer.post_processor = None
     rows = [{"prompt": "\n"}, {"prompt": "name two fruits"}]
     prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args())
-    assert prompts.texts == ["name two fruits"] and "1 of 2 rows" in capsys.readouterr().out
+    assert texts(prompts) == ["name two fruits"] and "1 of 2 rows" in capsys.readouterr().out
     pairs = [{"chosen": f"\n\nHuman: {x}\n\nAssistant: fig", "rejected": "\n\nHuman: a\n\nAssistant: dog"}
              for x in "ab"]
-    assert len(ppo_loop.load_prompts(write(tmp_path / "q.jsonl", pairs), "train", tokenizer, args()).ids) == 1
+    assert len(ppo_loop.load_prompts(write(tmp_path / "q.jsonl", pairs), "train", tokenizer, args())) == 1
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "</s>"])
@@ -286,7 +300,7 @@ def test_scores_are_those_of_reward_training(is_chat, pad, llama, reward_model, 
     rollout = ppo_loop.score_rollouts(prompts, [responses], models, flags)
     assert rollout.ended.tolist() == [[False, True, True]]
     texts = [FIG, FIG, DOG] if is_chat else [" fig", " fig", " dog saw"]
-    prompt, trained, _ = common.encode(prompts.texts[0], texts, theirs, 64)
+    prompt, trained, _ = common.encode(prompts[0].text, texts, theirs, 64)
     expected = [classifier(torch.tensor([prompt + ids])).logits.item() for ids in trained]
     assert rollout.scores[0].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
@@ -309,7 +323,7 @@ def test_prompts_have_the_ids_of_reward_training(template, bos, fits, tmp_path, 
     if not bos:
         tokenizer.backend_tokenizer.post_processor = None
     prompt = CHAT if template else "\n\nHuman: name two fruits\n\nAssistant:"
-    ids = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", [{"prompt": prompt}]), "train", tokenizer, args()).ids[0]
+    ids = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", [{"prompt": prompt}]), "train", tokenizer, args())[0].ids
     if template:
         ppo_loop.warn_of_template(prompt, tokenizer)
     responses = [FIG, DOG] if template else [" fig", " dog saw"]
@@ -343,7 +357,7 @@ def test_bandit_reaches_its_optimum(ppo, llama, reward_model, tokenizer):
     ppo("--data", "one.jsonl", "--eval-data", "one=one.jsonl", "--iterations", 25, "--batch-size", 1,
         "--num-responses", 256, "--max-new-tokens", 1, "--reward-scaling", "none", "--reward-clip", 0,
         "--missing-eos-penalty", 0, "--kl-coef", 0.5, "--lr", 1e-2, "--critic-lr", 2e-2, "--eval-every", 0)
-    prompt = ppo_loop.load_prompts("one.jsonl", "train", tokenizer, args()).ids[0]
+    prompt = ppo_loop.load_prompts("one.jsonl", "train", tokenizer, args())[0].ids
     start, end = (AutoModelForCausalLM.from_pretrained(name) for name in (llama, RUN / "policy"))
     reward = AutoModelForSequenceClassification.from_pretrained(reward_model)
     with torch.no_grad():
@@ -370,16 +384,16 @@ def test_an_iteration_against_a_plain_reference(warmup, factor, ppo, llama, rewa
         tokenizer.save_pretrained(folder)
     ppo("--model", "lm", "--reference", "ref", "--iterations", 2, "--epochs", 1, "--warmup-ratio", warmup,
         "--save-every", 1, "--eval-data", "--lr", 1e-3, "--critic-lr", 2e-3, "--max-grad-norm", 0, "--kl-coef", 0.3,
-        "--missing-eos-penalty", 0.7, "--reward-clip", 1, "--gae-lambda", 0.9, "--temperature", 0.9)
+        "--missing-eos-penalty", 0.7, "--reward-clip", 1, "--temperature", 0.9)
     line = records(RUN)[1]
 
     # the same responses
     flags = args(temperature=0.9, max_new_tokens=6, rollout_batch_size=4)
-    ids = ppo_loop.load_prompts(data(), "train", tokenizer, flags).ids
-    ids = [ids[i] for i in common.batch_indices(len(ids), 8, 0, 0)]
+    prompts = ppo_loop.load_prompts(data(), "train", tokenizer, flags)
+    prompts = [prompts[i] for i in common.batch_indices(len(prompts), 8, 0, 0)]
     policy = ppo_loop.load_policy("lm", tokenizer, CPU, flags, "--model")
-    responses = ppo_loop.sample_responses(policy, ids, 2, (0, 0, 0), flags)
-    pairs = [(prompt, y) for prompt, ys in zip(ids, responses) for y in ys]
+    responses = ppo_loop.sample_responses(policy, prompts, 2, (0, 0, 0), flags)
+    pairs = [(prompt.ids, y) for prompt, ys in zip(prompts, responses) for y in ys]
     stop = {2, *range(50, 70)}
     ended = np.array([y[-1] in stop for _, y in pairs])
     assert 2 < ended.sum() < len(ended) - 2
@@ -405,7 +419,7 @@ def test_an_iteration_against_a_plain_reference(warmup, factor, ppo, llama, rewa
     for logp, value, ref_logp, score in zip(logps, values, ref_logps, rescaled):
         rewards = (-0.3 * (logp - ref_logp)).tolist()
         rewards[-1] += score
-        advantages.append(torch.tensor(gae(rewards, value.tolist(), 0.9)))
+        advantages.append(torch.tensor(gae(rewards, value.tolist(), 0.95)))
         returns.append(advantages[-1] + value.detach())
     advantages, returns, logp, ref_logp, value = map(torch.cat, (advantages, returns, logps, ref_logps, values))
     advantages = (advantages - advantages.mean()) / advantages.std()
@@ -421,8 +435,7 @@ def test_an_iteration_against_a_plain_reference(warmup, factor, ppo, llama, rewa
         "policy_loss": policy_loss, "value_loss": value_loss, "grad_norm": norms[0], "critic_grad_norm": norms[1],
         "score": scores.mean(), "score_std": scores.reshape(8, 2).std(1, ddof=1).mean(), "ended": ended.mean(),
         "length": len(logp) / 16, "kl": (logp - ref_logp).sum() / 16, "perplexity": (-ref_logp.mean()).exp(),
-        "entropy": -logp.mean(), "explained_variance": 1 - (returns - value).var() / returns.var(),
-        "approx_kl": 0, "clip_fraction": 0, "value_clip_fraction": 0}
+        "entropy": -logp.mean(), "approx_kl": 0, "clip_fraction": 0, "value_clip_fraction": 0}
     for key, x in expected.items():
         assert line[f"ppo/{key}"] == pytest.approx(torch.as_tensor(x).item(), rel=1e-3, abs=1e-5), key
 
@@ -488,6 +501,17 @@ def test_gold_gets_the_texts_of_conversations(ppo, llama):
     ppo("--model", "lm", "--data", "chat.jsonl", "--eval-data", "chat=chat.jsonl", "--gold", "gold.py",
         "--iterations", 1)
     assert records(RUN)[-1]["eval/chat/gold"] == records(RUN)[-1]["ppo/gold"] == 1
+
+
+def test_conversations_to_evaluate_on(ppo, llama, reward_model):
+    """The two templates must be equal, even if the policy is trained on texts only."""
+    tokenizer = toy.make_tokenizer()
+    for folder, template in ((shutil.copytree(llama, "lm"), PLAIN), ("rm", THINKS)):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+    write("chat.jsonl", [{"prompt": CHAT}])
+    with pytest.raises(SystemExit, match="chat template"):
+        ppo("--model", "lm", "--eval-data", "chat=chat.jsonl")
 
 
 def test_the_loop_of_the_docstring(tmp_path, monkeypatch):
