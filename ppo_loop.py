@@ -218,7 +218,7 @@ class Policy(RewardModel):
     def forward(self, batch, at=None, with_features=False):
         """Batch -> logits (n, vocabulary) at `at`, index tensors (row, column) of shape (n,).
 
-        with_features: None and the hidden states at the last tokens, as of a reward model."""
+        with_features, for `can_share_prompts`: None and the hidden states at the last tokens."""
         inputs = self.inputs(batch)
         if with_features:
             hidden = self.hf_model.base_model(**inputs).last_hidden_state
@@ -293,7 +293,8 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
     prompts = []
     # hh-rlhf has all harmless prompts first
     order = np.random.default_rng(0).permutation(len(rows))
-    for num_read, i in enumerate(order, 1):
+    bar = tqdm(order, f"reading {source}", leave=False, disable=RANK > 0 or None)
+    for num_read, i in enumerate(bar, 1):
         try:
             # only the prompt is needed: without responses `read_row` accepts a prompt alone
             prompt = text = read_row({**rows[i], "responses": []})[0]
@@ -332,7 +333,8 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
 def sample_responses(policy, prompts, k, seed, args):
     """k responses to each prompt: token ids (N, k, tokens) up to a stop token or --max-new-tokens.
 
-    They are equal on all ranks, whatever their number. `seed`: numbers, unique to this call."""
+    They are equal on all ranks, whatever their number. `seed`: --seed, the iteration, 0 for a
+    roll-out, 1 for an evaluation and 2 for the samples, and numbers that make it unique."""
     stop = policy.hf_model.generation_config.eos_token_id  # all stop tokens
     size = args.rollout_batch_size
     chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -575,7 +577,7 @@ if __name__ == "__main__":
     # prompts and policy
     tokenizer = load_tokenizer(args.model)
     args.max_length = args.max_length or default_max_length(args.model)
-    limit = math.inf if args.iterations else args.num_samples
+    limit = math.inf if args.iterations else args.num_samples  # to sample only, read no more
     prompts = load_prompts(args.data, "train", tokenizer, args, limit)
     sets = {}  # prompts to evaluate on
     if args.iterations:
@@ -618,6 +620,7 @@ if __name__ == "__main__":
 
         # UNSTATED: AdamW's settings and the schedule. Here they are those of the authors' PPO.
         trained = nn.ModuleDict({"policy": policy, "critic": critic})
+        # a buffer, so that checkpoints have it
         trained.register_buffer("score_sums", torch.zeros(3, dtype=torch.float64))
         optimizer = torch.optim.AdamW(
             [{"params": policy.parameters(), "lr": args.lr, "eps": 1e-6},
@@ -636,7 +639,7 @@ if __name__ == "__main__":
     for step in bar:
         done = step + 1
 
-        # learning rates: linear warm-up, then 1 / sqrt(iteration)
+        # learning rates of policy and critic: linear warm-up, then 1 / sqrt(iteration)
         warmup = max(1, round(args.iterations * args.warmup_ratio))
         factor = min(done / warmup, math.sqrt(warmup / done))
         optimizer.param_groups[0]["lr"] = args.lr * factor

@@ -80,7 +80,7 @@ def make_runs(args):
     sample = f"ppo_loop.py --model {args.model} --iterations 0 --seed $seed {args.ppo_flags}"
     if args.clean:
         runs["clean"] = f"baseline_rm.py {train} --data {args.clean}"
-        runs["many"] = f"{sample} --data {args.test} --num-samples 50 --k 16"
+        runs["many"] = f"{sample} --data {args.test} --num-samples 50 --k 8"
         models = " ".join(f"{name}=$dir/{name}/model" for name in BEST)
         samples = "samples=$dir/many/samples.jsonl"
         runs["best"] = f"eval.py --eval-data {samples} --gold $dir/gold.py --reward-models {models}"
@@ -99,7 +99,7 @@ def make_columns(args):
         "test, %": TEST, "loss on test": "eval/test/loss", "wrong labels repeated, %": WRONG,
         "overlap": "test/overlap", "ascent": "mean/train/shift", "update": "mean/train/update",
         "difference": "eval/meta/difference", "best of 1": "samples/best of 1",
-        "best of 16": "samples/best of 16", "minutes": "minutes"}
+        "best of 8": "samples/best of 8", "minutes": "minutes"}
     for source in args.ood:
         name = source.partition("=")[0]
         columns[f"{name}, %"] = f"eval/{name}/accuracy"
@@ -142,12 +142,12 @@ def make_claims(args):
             claims.append(Claim("Fig. 28", text, WRONG, baseline, run))
         text = f"Dropping beats flipping, epochs: {epochs}"
         claims.append(Claim("arXiv 2509.23564", text, TEST, f"drop-{epochs}", f"flip-{epochs}"))
-    best = "samples/best of 16"
+    best = "samples/best of 8"
     claims.append(Claim(
-        "best of n", "The baseline's best of 16 beats a random response", best, "baseline-1",
+        "best of n", "The baseline's best of 8 beats a random response", best, "baseline-1",
         "baseline-1", smaller_key="samples/best of 1"))
     for run in BEST[1:]:
-        text = f"The best of 16 by {run} beats that by the baseline"
+        text = f"The best of 8 by {run} beats that by the baseline"
         claims.append(Claim("best of n", text, best, run, "baseline-1"))
     for name in list(META)[1:]:
         text = f"{name} sets samples further apart"
