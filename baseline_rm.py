@@ -51,7 +51,7 @@ def parse_args():
         default=[("test", "Anthropic/hh-rlhf:test")], help="named sets to evaluate on")
     add("--output-dir", default="runs/baseline_rm",
         help="folder for model/, metrics.jsonl, args.json and checkpoints")
-    add("--seed", type=int, default=0,
+    add("--seed", type=in_range(int, 0), default=0,
         help="random seed for the reward head and the data order")
     add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
     add("--batch-size", type=in_range(int, 1), default=32,

@@ -184,10 +184,11 @@ def join_messages(prompt, messages):
     """Two lists of messages -> one conversation, without repeating turns that are in both."""
     known = turn_keys(prompt)
     turns = turn_keys(messages)
+    is_whole = turns[0][0] != "assistant"  # a conversation does not begin with an answer
     for start in range(len(turns)):
-        if turns[start : start + len(known)] == known:  # the messages have the whole prompt
+        if is_whole and turns[start : start + len(known)] == known:  # the whole prompt is in it
             return messages
-    n = 0  # or they repeat the prompt from turn n on: nothing of it, if n is its length
+    n = 0  # or the messages repeat the prompt from turn n on: nothing of it, if n is its length
     while turns[: len(known) - n] != known[n:]:
         n += 1
     return prompt[:n] + messages
@@ -221,7 +222,7 @@ def read_texts(prompt, chosen, rejected):
     chosen_prompt, mark, chosen = chosen.rpartition("\n\nAssistant:")
     rejected_prompt, other_mark, rejected = rejected.rpartition("\n\nAssistant:")
     if not mark or not other_mark:
-        raise ValueError("no 'prompt', and 'chosen' and 'rejected' have no '\\n\\nAssistant:' turn")
+        raise ValueError("no 'prompt', and 'chosen' or 'rejected' has no '\\n\\nAssistant:' turn")
     return chosen_prompt + mark if chosen_prompt == rejected_prompt else None, [chosen, rejected]
 
 
@@ -237,8 +238,8 @@ def read_row(row):
         chosen, rejected = row["chosen"], row["rejected"]
         if not chosen or not rejected:
             return prompt, ["", ""]
-        # neither a prompt nor a transcript: `encode_row` drops and counts it
         is_text = isinstance(chosen, str)
+        # neither a prompt nor a transcript: `encode_row` drops and counts it
         if "prompt" in row and not prompt and is_text and "\n\nAssistant:" not in chosen:
             return "", [chosen, rejected]
         if isinstance(chosen[0], dict):
@@ -248,7 +249,7 @@ def read_row(row):
         return read_texts(prompt, chosen, rejected)
     except (AttributeError, IndexError, KeyError, TypeError):
         columns = ", ".join(row)
-        raise ValueError(f"no known form (columns: {columns}), see the README for them") from None
+        raise ValueError(f"no known form (columns: {columns})") from None
 
 
 def render(messages, tokenizer, **kwargs):
@@ -323,13 +324,13 @@ def encode(prompt, responses, tokenizer, max_length):
         if is_chat:
             ids = to_ids(render(prompt + response, tokenizer), tokenizer, is_chat)
         else:
-            # the text may bring EOS itself
+            # the text may end in EOS already, also in several
             text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+$", "", prompt + response)
             ids = to_ids(text, tokenizer, is_chat) + [tokenizer.eos_token_id]
         rows.append(without_padding(ids, tokenizer))
 
     lengths = [len(ids) for ids in rows]
-    # one response may be the beginning of another, or equal: it keeps its last token
+    # the prompt's length; a response that is the beginning of another keeps its last token
     length = min(common_prefix_length(rows), min(lengths) - 1)
     start = 1 if rows[0][0] == tokenizer.bos_token_id else 0
     # UNSTATED: the paper is silent about long rows. The authors' code skips a row if its last turn
@@ -350,17 +351,17 @@ def encode_row(row, number, tokenizer, max_length, code):
     problem = ""
     try:
         prompt, responses = read_row(row)
-        texts = []
+        contents = []
         for response in responses:
             text = response
             if isinstance(response, list):
                 text = response[-1].get("content") or response[-1].get("tool_calls")
-            texts.append(str(text or "").strip())
+            contents.append(str(text or "").strip())
         if prompt is None:
             problem = "with different prompts"
-        elif not prompt or not all(texts) or not texts:
+        elif not prompt or not all(contents) or not contents:
             problem = "empty"
-        elif len(texts) == 1:
+        elif len(contents) == 1:
             problem = "with one response"
         else:
             prompt_ids, response_ids, truncated = encode(prompt, responses, tokenizer, max_length)
@@ -370,7 +371,7 @@ def encode_row(row, number, tokenizer, max_length, code):
                 problem = "without room for the prompt"
                 prompt_ids = [0]
     except Exception as error:  # a chat template may raise anything
-        raise ValueError(f"row {number + 1}: {error}") from None
+        raise ValueError(f"row {number + 1}: {error} (README: the forms of rows)") from None
     length = len(prompt_ids) + sum(len(ids) for ids in response_ids)
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "k": len(response_ids),
             "length": length, "row": number, "truncated": truncated, "problem": problem}
@@ -435,7 +436,9 @@ def print_once(text):
 def print_example(data, tokenizer):
     """Print the first text as the model reads it, so that a wrong form or template is seen."""
     text = tokenizer.decode(data[0]["prompt_ids"] + data[0]["response_ids"][0])
-    print_once(f"first example: {text[-400:]!r}")
+    if len(text) > 800:
+        text = f"{text[:400]} ... {text[-400:]}"
+    print_once(f"first example: {text!r}")
 
 
 def load_sets(pairs, tokenizer, max_length):
@@ -522,7 +525,8 @@ def collate(data, index, device, share):
             ends.append((len(input_ids) - 1, len(input_ids[-1]) - 1))
 
     k = len(examples["response_ids"][0])
-    row, last = torch.tensor(ends, device=device).view(-1, k, 2)[: len(index)].unbind(-1)
+    ends = torch.tensor(ends, device=device).view(-1, k, 2)[: len(index)]  # none without rows
+    row, last = ends.unbind(-1)
     return Batch(
         np.asarray(index, int), pad_rows(input_ids, 0, device), pad_rows(segments, -1, device),
         pad_rows(position_ids, 0, device), row, last)
@@ -559,7 +563,7 @@ def micro_batches(data, index, micro_tokens, model):
     order = np.argsort(-lengths, kind="stable")
     while len(order):
         longest = lengths[order[0]]
-        rows_that_fit = int(micro_tokens // longest)
+        rows_that_fit = int(micro_tokens // longest)  # on each rank
         padding = np.cumsum(longest - lengths[order])  # of all ranks, if the batch ended here
         rows_worth_it = math.ceil(np.sum(padding <= WORLD_SIZE * overhead) / WORLD_SIZE)
         count = WORLD_SIZE * max(1, min(rows_that_fit, rows_worth_it))
@@ -697,7 +701,7 @@ def can_share_prompts(model, max_length):
 
     Tried on a prompt of one token, long responses that fill at least 512 columns, and after them
     two short ones. Recurrent layers and ALiBi fail, and so do windows that count columns or hold
-    fewer than `max_length` tokens. An error in separate rows is raised."""
+    fewer than `max_length` tokens, in bf16 far fewer. An error in separate rows is raised."""
     vocab_size = model.hf_model.config.get_text_config().vocab_size
     random = np.random.default_rng(0)
     length = max(1, max_length - 1)
@@ -812,7 +816,7 @@ def load_checkpoint(folder, model, optimizer, step):
 def save_model(folder, model, tokenizer):
     """Write the Hugging Face folder of a RewardModel or Policy. Plain transformers loads it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model.hf_model, options=options)
+    weights = get_model_state_dict(model.hf_model, options=options)  # all ranks gather them
     if RANK == 0:
         model.hf_model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)

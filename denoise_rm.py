@@ -94,7 +94,7 @@ def parse_args():
         help="named sets to evaluate on")
     add("--output-dir", default="runs/denoise_rm",
         help="folder for model/, metrics.jsonl, args.json and checkpoints")
-    add("--seed", type=int, default=0,
+    add("--seed", type=in_range(int, 0), default=0,
         help="random seed for the reward head and the data order")
     add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
     add("--batch-size", type=in_range(int, 1), default=32,
@@ -209,7 +209,7 @@ if __name__ == "__main__":
         fatal(f"--data {args.data} has no column '{STRENGTH}': use what vote_strength.py writes")
     try:
         strengths = np.array(train[STRENGTH][:], float)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         fatal(f"--data {args.data}: column '{STRENGTH}': {error}")
     has_strength = np.isfinite(strengths)
     train = train.select(np.flatnonzero(has_strength))
@@ -218,13 +218,14 @@ if __name__ == "__main__":
     # which pairs to train on, and how
     kept = select_rows(strengths, args.percentiles, args.drop)
     if len(kept) == 0:
-        fatal("--percentiles and --drop leave no row to train on")
+        fatal("no row is left to train on: none has a strength, or see --percentiles and --drop")
     train = train.select(kept)
     swap, offsets, targets = make_targets(
         strengths[kept], args.flip, args.margin, args.label_smoothing, args.smooth_on,
         args.soft_targets)
-    print0(f"{len(kept):,} of {len(has_strength):,} pairs, of which {swap.sum():,} are flipped; "
-           f"mean margin {offsets.mean():.3f}, mean target {targets.mean():.3f}")
+    print0(f"{len(has_strength):,} pairs, {sum(~has_strength):,} without strength; kept: "
+           f"{len(kept):,}, flipped: {swap.sum():,}; mean margin {offsets.mean():.3f}, "
+           f"mean target {targets.mean():.3f}")
     swap = torch.tensor(swap, device=device)
     offsets = torch.tensor(offsets, device=device, dtype=torch.float32)
     targets = torch.tensor(targets, device=device, dtype=torch.float32)
@@ -257,7 +258,7 @@ if __name__ == "__main__":
             group["lr"] = lr
 
         # the gradient of the denoised loss, which is logged as train/objective; train/loss is Eq. 2
-        # for the pairs as flipped
+        # for the pairs as flipped, and so are the other metrics
         index = batch_indices(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         objective = 0.0

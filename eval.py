@@ -113,7 +113,8 @@ def parse_args():
         help="what a plain prompt with a list of responses becomes, as in training: a Human / "
         "Assistant transcript, a message of the user, or the text as it is")
     add("--gold", metavar="FILE.py",
-        help="a file with gold(prompt, response) -> float, the true reward")
+        help="a file with gold(prompt, response) -> float, the true reward: the prompt as in the "
+        "data, the response as a text")
     add("--policies", nargs="*", type=named_source, default=[], metavar="NAME=FILE",
         help="responses of policies; the first policy is the baseline")
     add("--judge", default="gold",

@@ -103,7 +103,7 @@ def parse_args():
         default=[("test", "Anthropic/hh-rlhf:test")], help="named sets to evaluate on")
     add("--output-dir", default="runs/meta_rm",
         help="folder for model/, metrics.jsonl, args.json and checkpoints")
-    add("--seed", type=int, default=0,
+    add("--seed", type=in_range(int, 0), default=0,
         help="random seed for the reward head and the data order")
     add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
     add("--batch-size", type=in_range(int, 1), default=16,
@@ -261,10 +261,10 @@ if __name__ == "__main__":
         # Eq. 12: ascend J on a batch of the meta set
         # UNSTATED: whether eta follows the schedule, too. Here it is constant.
         if args.eta:
-            index = batch_indices(len(meta), args.meta_batch_size, args.seed, step)
+            meta_index = batch_indices(len(meta), args.meta_batch_size, args.seed, step)
             J = 0.0
-            for batch in micro_batches(meta, index, args.micro_batch_tokens, model):
-                objective = difference_loss(model(batch)).sum() / len(index)
+            for batch in micro_batches(meta, meta_index, args.micro_batch_tokens, model):
+                objective = difference_loss(model(batch)).sum() / len(meta_index)
                 objective.backward()
                 J += objective.detach()
             dist.all_reduce(J)
@@ -304,7 +304,7 @@ if __name__ == "__main__":
         # the optimizer step
         grad_norm = clip_gradients(model, args.max_grad_norm)
         if not math.isfinite(metrics["train/loss"] + grad_norm):
-            fatal(f"step {done}: the loss or its gradient is not finite: lower the learning rate")
+            fatal(f"step {done}: the loss or its gradient is not finite: lower --lr or --eta")
         optimizer.step()
         optimizer.zero_grad()
         if args.eta:
@@ -312,7 +312,7 @@ if __name__ == "__main__":
             metrics.update({"train/J": J.item(), "train/shift": shift, "train/update": update})
             # less than half of its length before rounding
             if step == start and shift < 0.5 * step_size * meta_grad_norm:
-                print0(f"{args.dtype} rounds most of the ascent away: use float32 or raise --eta")
+                print0(f"{args.dtype} rounds most of the ascent away: raise --eta or use float32")
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = lr
         metrics["train/pairs_per_sec"] = len(index) / (time.time() - began)

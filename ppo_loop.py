@@ -13,10 +13,11 @@ rewards still to come.
                                                          response does not end
     delta_t = R_t + V_{t+1} - V_t
     A_t     = sum_l lambda^l delta_{t+l}                 advantage (GAE with gamma = 1)
+    A'_t    = (A_t - mean) / std                         over all tokens of the roll-out
     G_t     = A_t + V_t                                  return, the target of the critic
     rho_t   = pi(y_t) / pi_old(y_t)                      pi_old is the policy that sampled y
 
-    policy    -min( rho A, clip(rho, 1 - c, 1 + c) A )
+    policy    -min( rho A', clip(rho, 1 - c, 1 + c) A' )
     critic    1/2 max( (V - G)^2, (V_old + clip(V - V_old, -c, c) - G)^2 )
 
     torchrun ppo_loop.py                                           a toy world, 20 seconds on a CPU
@@ -61,8 +62,8 @@ from common import (
     RANK, TOY, TOY_DATA, WORLD_SIZE, HelpFormatter, RewardModel, atomic_write, batch_indices,
     clip_gradients, compute_rewards, default_max_length, end_ids, fatal, in_range, is_toy,
     load_checkpoint, load_pretrained, load_reward_model, load_rows, load_tokenizer, log,
-    micro_batches, named_source, open_run, prepare, print0, read_row, render, save_checkpoint,
-    save_model, setup, to_ids)
+    micro_batches, named_source, open_run, prepare, print0, print_once, read_row, render,
+    save_checkpoint, save_model, setup, to_ids)
 
 GAE_LAMBDA = 0.95
 TOY_FILES = {
@@ -94,7 +95,8 @@ def parse_args():
     add("--reward-model",
         help="a trained reward model: folder or hub id; only the toy world has a default")
     add("--gold", metavar="FILE.py",
-        help="a file with gold(prompt, response) -> float, the true reward: logged, not trained on")
+        help="a file with gold(prompt, response) -> float, the true reward: the prompt as in the "
+        "data, the response as a text; logged, not trained on")
     add("--data", default="Anthropic/hh-rlhf",
         help="comparisons in the formats of the other scripts, or rows of `prompt`")
     add("--eval-data", nargs="*", type=named_source, metavar="NAME=SOURCE",
@@ -126,14 +128,14 @@ def parse_args():
         help="std: divide scores by their running std; norm: also subtract their running mean")
     add("--reward-clip", type=not_negative, default=0.8,
         help="c', the largest size of a rescaled score; 0, or without scaling: no clipping")
-    # UNSTATED: the penalty. The clip ranges, here those of the authors' released PPO. Whether
-    # advantages are whitened. Whether the runs without a KL penalty rescale scores, too.
+    # UNSTATED: this penalty, and whether the runs without a KL penalty rescale scores, too.
     add("--missing-eos-penalty", type=not_negative, default=1.0,
         help="subtracted from the rescaled score of a response without a stop token")
 
     # updates
     add("--epochs", type=positive, default=1, help="updates on a roll-out")
-    add("--clip-range", type=not_negative, default=0.2,
+    # UNSTATED: the clip range. This is that of the authors' released PPO.
+    add("--clip-range", type=in_range(float, 0.01), default=0.2,
         help="c, the clip range of the policy's ratio and of the change in value; inf: no clipping")
     add("--lr", type=float, default=5e-7, help="peak learning rate of the policy's AdamW")
     add("--critic-lr", type=float, default=1.5e-6, help="peak learning rate of the critic's AdamW")
@@ -152,7 +154,7 @@ def parse_args():
     # as in the other scripts
     add("--output-dir", default="runs/ppo_loop",
         help="folder for policy/, samples.jsonl, metrics.jsonl, args.json and checkpoints")
-    add("--seed", type=int, default=0,
+    add("--seed", type=in_range(int, 0), default=0,
         help="random seed for the order of the prompts and for sampling")
     add("--max-grad-norm", type=in_range(float, 0), default=1.0,
         help="gradients are clipped to this norm; 0: never")
@@ -265,7 +267,7 @@ def compare_tokenizers(tokenizer, other, is_chat):
     words = {word for word, _ in tokenizer.get_vocab().items() ^ other.get_vocab().items()}
     differs = {
         "vocabulary": words - {tokenizer.pad_token, other.pad_token},
-        "EOS token": tokenizer.eos_token != other.eos_token,
+        "EOS token": tokenizer.eos_token_id != other.eos_token_id,
         "BOS token": to_ids("a", tokenizer, False) != to_ids("a", other, False),
         "chat template": is_chat and tokenizer.chat_template != other.chat_template}
     return [name for name, found in differs.items() if found]
@@ -283,7 +285,7 @@ def warn_of_template(prompt, tokenizer):
 
 
 def load_prompts(source, split, tokenizer, args, limit=math.inf):
-    """`limit` prompts of a data set, in a random order that is always the same -> list of Prompt.
+    """A data set -> a list of at most `limit` Prompts, in a random order that is always the same.
 
     Rows whose prompt has no tokens are dropped and counted, and so are comparisons of answers to
     different prompts. A long prompt keeps its BOS and its newest tokens, so that a response and its
@@ -296,10 +298,10 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
     bar = tqdm(order, f"reading {source}", leave=False, disable=RANK > 0 or None)
     for num_read, i in enumerate(bar, 1):
         try:
-            # only the prompt is needed: without responses `read_row` accepts a prompt alone
+            # only the prompt is needed: with an empty list of responses `read_row` reads it alone
             prompt = text = read_row({**rows[i], "responses": []})[0]
             is_chat = isinstance(prompt, list)
-            if is_chat:
+            if is_chat and prompt:
                 text = render(prompt, tokenizer, add_generation_prompt=True)
             ids = to_ids(text, tokenizer, is_chat) if text else []
         except Exception as error:  # a chat template may raise anything
@@ -324,8 +326,9 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
             start = 1 if ids[0] == tokenizer.bos_token_id else 0
             del ids[start : start + surplus]
             num_truncated += 1
-    print0(f"{source}: {len(prompts):,} of {num_read:,} rows have a prompt; "
+    print0(f"{source}: {len(prompts):,} of {num_read:,} rows read have a prompt; "
            f"{num_truncated:,} prompts truncated to {room} tokens")
+    print_once(f"first prompt: {tokenizer.decode(prompts[0].ids)[-400:]!r}")
     return prompts
 
 
@@ -333,8 +336,9 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
 def sample_responses(policy, prompts, k, seed, args):
     """k responses to each prompt: token ids (N, k, tokens) up to a stop token or --max-new-tokens.
 
-    They are equal on all ranks, whatever their number. `seed`: --seed, the iteration, 0 for a
-    roll-out, 1 for an evaluation and 2 for the samples, and numbers that make it unique."""
+    They are equal on all ranks, and do not depend on the number of ranks. `seed`: --seed, the
+    iteration, and 0 for a roll-out, 1 and the number of the set for an evaluation, 2 for the
+    samples."""
     stop = policy.hf_model.generation_config.eos_token_id  # all stop tokens
     size = args.rollout_batch_size
     chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -393,17 +397,18 @@ def response_tokens(batch, length):
     """Where the response tokens of a batch are.
 
     -> mask (B, k, length) of those that exist and, for these n alone, their ids (n,) and the (row,
-    column) of the token before each, which predicts it. For example, two responses of 2 and 1
+    column) of the token before each, which predicts it. On a rank without rows, B is 0, and the n
+    tokens are those of the row that it computes for FSDP. For example, two responses of 2 and 1
     tokens to a prompt of 2 tokens, in one row, at length 3:
 
-        input_ids   5 6 | 7 8 | 9        mask     [[1 1 0], [1 0 0]]
+        input_ids   5 6 | 7 8 | 9        mask     [[[1 1 0], [1 0 0]]]
         segments    0 0   1 1   2        ids      [7, 8, 9]
         column      0 1   2 3   4        before   rows [0, 0, 0], columns [1, 2, 1]
     """
     prompt_length = (batch.segments == 0).sum(1)  # (R,)
     row, column = (batch.segments > 0).nonzero(as_tuple=True)  # in the order of the mask
     # the first token of a response is predicted by the last one of the prompt
-    is_first = batch.segments[row, column] != batch.segments[row, column - 1]
+    is_first = batch.position_ids[row, column] == prompt_length[row]
     before = torch.where(is_first, prompt_length[row] - 1, column - 1)
 
     count = batch.position_ids[batch.row, batch.last] + 1 - prompt_length[batch.row]  # (B, k)
@@ -480,7 +485,6 @@ def rescale(scores, sums, scaling, clip):
     `sums` (3,), float64: count, sum and sum of squares of all scores so far. These are added."""
     x = scores.double()
     sums += torch.tensor([x.numel(), x.sum(), (x**2).sum()])
-    # mean and std of all scores so far
     count, total, squares = sums.tolist()
     mean = total / count
     variance = (squares - total**2 / count) / max(1, count - 1)
@@ -583,7 +587,8 @@ if __name__ == "__main__":
     if args.iterations:
         for name, source in args.eval_data:
             sets[name] = load_prompts(source, "test", tokenizer, args, args.eval_prompts)
-    chats = [x[0].text for x in (prompts, *sets.values()) if x[0].is_chat]
+    # the first prompt of each set of conversations
+    chats = [some[0].text for some in (prompts, *sets.values()) if some[0].is_chat]
     if chats:
         warn_of_template(chats[0], tokenizer)
     policy = load_policy(args.model, tokenizer, device, args, "--model")
@@ -634,13 +639,13 @@ if __name__ == "__main__":
     elif args.iterations:
         log(args.output_dir, 0, evaluate(models, sets, args, 0))
 
+    warmup = max(1, round(args.iterations * args.warmup_ratio))
     bar = tqdm(range(start, args.iterations), "PPO", args.iterations, initial=start,
                mininterval=1, disable=RANK > 0)
     for step in bar:
         done = step + 1
 
         # learning rates of policy and critic: linear warm-up, then 1 / sqrt(iteration)
-        warmup = max(1, round(args.iterations * args.warmup_ratio))
         factor = min(done / warmup, math.sqrt(warmup / done))
         optimizer.param_groups[0]["lr"] = args.lr * factor
         optimizer.param_groups[1]["lr"] = args.critic_lr * factor
@@ -665,7 +670,8 @@ if __name__ == "__main__":
         advantages = estimate_advantages(rewards, old_values, GAE_LAMBDA)
         returns = advantages + old_values
         num_tokens = mask.sum()
-        if num_tokens > 1:  # whiten; a single token has no std
+        # UNSTATED: whether advantages are whitened. Here they are; a single token has no std.
+        if num_tokens > 1:
             mean = advantages[mask].mean()
             advantages = (advantages - mean) / (advantages[mask].std() + 1e-8)
 

@@ -68,7 +68,7 @@ def parse_args():
         "on: comparisons, or rows of `responses`, which are then paired")
     add("--output-dir", default="runs/vote_strength",
         help="folder for train.jsonl, NAME.jsonl and seed-*/votes.json")
-    add("--seed", type=int, default=0,
+    add("--seed", type=in_range(int, 0), default=0,
         help="random seed of the first member; the next ones follow")
     add("--epochs", type=in_range(float, 0.001), default=1.0, help="passes over the data")
     add("--batch-size", type=in_range(int, 1), default=32,

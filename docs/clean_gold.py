@@ -19,5 +19,7 @@ model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
 @torch.no_grad()
 def gold(prompt, response):
     """Two texts -> the reward, read at the one EOS that the training scripts put at the end."""
+    if not isinstance(prompt, str):
+        raise ValueError("clean_gold.py reads prompts that are texts")
     inputs = tokenizer(f"{prompt} {response}{tokenizer.eos_token}", return_tensors="pt")
     return model(**inputs).logits.item()

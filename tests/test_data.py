@@ -91,6 +91,7 @@ def test_read_row():
     (EARLIER, [USER], [*EARLIER, USER]),
     ([USER, EARLIER[1]], [USER], [USER, EARLIER[1], USER]),  # the same question is asked again
     ([USER, EARLIER[1], USER], [USER, EARLIER[1], USER], [USER, EARLIER[1], USER]),  # the same, repeated whole
+    ([USER], [EARLIER[1], USER], [USER, EARLIER[1], USER]),  # an answer, and then the same question
 ])
 def test_turns_that_prompt_and_responses_share_stand_once(prompt, repeated, whole):
     row = {"prompt": prompt, "chosen": [*repeated, GOOD], "rejected": [*repeated, BAD]}

@@ -218,11 +218,12 @@ def texts(prompts):
 def test_prompts(tokenizer, tmp_path, capsys):
     """Of rows with a prompt alone and of comparisons; long ones keep the BOS and their end, with room for an EOS."""
     rows = [{"prompt": text} for text in ("name two fruits", "name three tools and four trees", "", None)]
+    rows[2].update({"chosen": FIG, "rejected": DOG})  # conversations without a prompt
     prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args(max_length=10))
     assert sorted(texts(prompts), reverse=True) == [row["prompt"] for row in rows[:2]]
     read = sorted(tokenizer.decode(prompt.ids) for prompt in prompts)
     assert read == ["<s> and four trees", "<s> name two fruits"]
-    assert "2 of 4 rows have a prompt; 1 prompts truncated" in capsys.readouterr().out
+    assert "2 of 4 rows read have a prompt; 1 prompts truncated" in capsys.readouterr().out
     everything = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args())
     prompts = ppo_loop.load_prompts(data("id", 40), "test", tokenizer, args(), 7)
     assert prompts == everything[:7]
@@ -266,7 +267,7 @@ def test_prompts_without_tokens_are_dropped(tmp_path, capsys):
     tokenizer.backend_tokenizer.post_processor = None
     rows = [{"prompt": "\n"}, {"prompt": "name two fruits"}]
     prompts = ppo_loop.load_prompts(write(tmp_path / "p.jsonl", rows), "train", tokenizer, args())
-    assert texts(prompts) == ["name two fruits"] and "1 of 2 rows" in capsys.readouterr().out
+    assert texts(prompts) == ["name two fruits"] and "1 of 2 rows read" in capsys.readouterr().out
     pairs = [{"chosen": f"\n\nHuman: {x}\n\nAssistant: fig", "rejected": "\n\nHuman: a\n\nAssistant: dog"}
              for x in "ab"]
     assert len(ppo_loop.load_prompts(write(tmp_path / "q.jsonl", pairs), "train", tokenizer, args())) == 1

@@ -1,4 +1,4 @@
-"""The papers' claims on real text, by a language model of your choice. run.py explains the results.
+"""The papers' claims on real text, by a language model of your choice. Like run.py.
 
     python docs/claims/real.py known_truth --model SmolLM2-135M-Instruct --seeds 5 --members 3 \\
         --train 'data/$seed/train.jsonl' --test 'data/$seed/test.jsonl' --gold --fraction 0.25 \\
@@ -13,10 +13,10 @@ import shutil
 import types
 from pathlib import Path
 
-from run import ROOT, run_missing, save_results  # first, because it extends the path
+from run import ROOT, common, run_missing, save_results  # first, because it extends the path
 
 import denoising
-from measure import Claim, read_lines
+from measure import Claim
 
 CONTRASTIVE = {"dropout": "--beta 0", "simcse": "--method simcse", "swav": "--method swav"}
 META = {"meta-0": "--eta 0", "plain-5e-6": "--eta 5e-6"}
@@ -38,10 +38,10 @@ def parse_args():
     add("--train", required=True, help="comparisons")
     add("--test", required=True, help="comparisons in distribution")
     add("--gold", action="store_true", help="the column gold of --train is 0 for wrong labels")
-    add("--clean", help="--train with right labels: a reward model trained on it judges best of n")
+    add("--clean", help="the texts of --train with right labels: a model trained on them is gold")
     add("--ood", nargs="*", default=[], metavar="NAME=SOURCE", help="others out of distribution")
     add("--output-dir", help="default: runs/<name>")
-    add("--seeds", type=int, default=5, help="2 or more")
+    add("--seeds", type=common.in_range(int, 2), default=5)
     add("--jobs", type=int, default=1, help="processes; 0: only measure")
     add("--runs", default=".*", help="regular expression for their names")
     add("--members", type=int, default=10, help="voters")
@@ -124,7 +124,7 @@ def make_claims(args):
         Claim("Fig. 3", "The strongest tenth is right: less than 5 % are wrong",
               "share wrong, tenth 10", larger=0.05, smaller="vote"),
         Claim("Fig. 3", "Labels below 0 are mostly wrong", "share wrong below 0", "vote", 0.5),
-        Claim("Fig. 8", "The second epoch fits wrong labels", WRONG, "baseline-2", "baseline-1"),
+        Claim("Fig. 28", "The second epoch fits wrong labels", WRONG, "baseline-2", "baseline-1"),
         Claim("Fig. 11", "SimCSE separates the two sides", "test/overlap", "dropout", "simcse"),
         Claim("section 3.1", "SimCSE beats dropout alone", TEST, "simcse", "dropout"),
         Claim("section 3.1", "SwAV beats dropout alone", TEST, "swav", "dropout")]
@@ -146,7 +146,7 @@ def make_claims(args):
     claims.append(Claim(
         "best of n", "The baseline's best of 8 beats a random response", best, "baseline-1",
         "baseline-1", smaller_key="samples/best of 1"))
-    for run in BEST[1:]:
+    for run in BEST[1:-1]:  # the last one is gold
         text = f"The best of 8 by {run} beats that by the baseline"
         claims.append(Claim("best of n", text, best, run, "baseline-1"))
     for name in list(META)[1:]:
@@ -168,11 +168,12 @@ if __name__ == "__main__":
         folder = Path(args.output_dir or f"runs/{args.name}", str(seed)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         folders.append(folder)
-        if args.gold and not (folder / "wrong.jsonl").exists():
-            rows = read_lines(Path(args.train.replace("$seed", str(seed))))
+        if args.gold:
+            rows = common.load_rows(args.train.replace("$seed", str(seed)))
             wrong = [json.dumps(row) + "\n" for row in rows if row["gold"] == 0]
             (folder / "wrong.jsonl").write_text("".join(wrong))
-        shutil.copy(ROOT / "docs/clean_gold.py", folder / "gold.py")
+        if args.clean:
+            shutil.copy(ROOT / "docs/clean_gold.py", folder / "gold.py")
     runs = make_runs(args)
     if args.jobs:
         run_missing(args, args.name, runs, folders)
