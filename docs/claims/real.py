@@ -80,7 +80,7 @@ def make_runs(args):
     sample = f"ppo_loop.py --model {args.model} --iterations 0 --seed $seed {args.ppo_flags}"
     if args.clean:
         runs["clean"] = f"baseline_rm.py {train} --data {args.clean}"
-        runs["many"] = f"{sample} --data {args.test} --num-samples 50 --k 8"
+        runs["many"] = f"{sample} --data {args.test} --num-samples 30 --k 8"
         models = " ".join(f"{name}=$dir/{name}/model" for name in BEST)
         samples = "samples=$dir/many/samples.jsonl"
         runs["best"] = f"eval.py --eval-data {samples} --gold $dir/gold.py --reward-models {models}"
