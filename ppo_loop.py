@@ -537,9 +537,15 @@ def score_rollouts(prompts, responses, models, args):
     # how long each response is, whether it ends, and how the reward model reads it
     stop = models.policy.hf_model.generation_config.eos_token_id
     end = end_ids(models.reward_tokenizer, prompts[0].is_chat)
-    counts = torch.tensor([[len(tokens) for tokens in y] for y in responses], device=device)
-    ended = torch.tensor([[tokens[-1] in stop for tokens in y] for y in responses], device=device)
-    complete = [[end_response(tokens, stop, end) for tokens in y] for y in responses]
+    counts = []
+    ended = []
+    complete = []
+    for y in responses:
+        counts.append([len(tokens) for tokens in y])
+        ended.append([tokens[-1] in stop for tokens in y])
+        complete.append([end_response(tokens, stop, end) for tokens in y])
+    counts = torch.tensor(counts, device=device)
+    ended = torch.tensor(ended, device=device)
     mask = torch.arange(args.max_new_tokens, device=device) < counts[..., None]
 
     # scores (N, k)
