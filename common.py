@@ -608,14 +608,17 @@ class RewardModel(torch.nn.Module):
         return (rewards, features) if with_features else rewards
 
 
-def load_pretrained(auto_class, name, flag, **changes):
-    """A folder or hub id -> fp32 model without dropout, and the set of weights its files lack."""
+def load_pretrained(auto_class, name, flag, dropout=0.0, **changes):
+    """A folder or hub id -> fp32 model, and the set of weights its files lack.
+
+    All rates of dropout in its config, in Llama that of the attention weights, become `dropout`."""
     try:
         config = AutoConfig.from_pretrained(name, **changes)
         for part in (config, config.get_text_config()):
             for key, value in part.to_dict().items():
-                if "drop" in key and isinstance(value, float):
-                    setattr(part, key, 0.0)
+                if "drop" in key and isinstance(value, (int, float)):
+                    # LayerDrop leaves out whole layers
+                    setattr(part, key, 0.0 if "layerdrop" in key else dropout)
         model, info = auto_class.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
@@ -623,14 +626,15 @@ def load_pretrained(auto_class, name, flag, **changes):
     return model, set(info["missing_keys"])
 
 
-def load_reward_model(name, tokenizer, device, args, flag="--model"):
+def load_reward_model(name, tokenizer, device, args, flag="--model", dropout=0.0):
     """A RewardModel from a folder or hub id: a reward model or, for --model, a language model.
 
     A language model gets a head, seeded by args.seed. Stops with an error at anything but a decoder
     with a linear `score` head of one label."""
     gc.collect()  # reference cycles in FSDP keep a deleted model alive
     torch.manual_seed(args.seed)
-    model, missing = load_pretrained(AutoModelForSequenceClassification, name, flag, num_labels=1)
+    model, missing = load_pretrained(
+        AutoModelForSequenceClassification, name, flag, dropout, num_labels=1)
     head = getattr(model, "score", None)
     if model.config.is_encoder_decoder or not isinstance(head, torch.nn.Linear):
         fatal(f"{flag} {name}: {type(model).__name__} is not a decoder with a linear `score` head")

@@ -44,7 +44,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from common import (
-    RANK, TOY_DATA, HelpFormatter, batch_indices, clip_gradients, compute_rewards, decoder_layers,
+    RANK, TOY_DATA, HelpFormatter, batch_indices, clip_gradients, compute_rewards,
     default_max_length, fatal, in_range, is_toy, load_checkpoint, load_reward_model, load_rows,
     load_sets, load_tokenizer, log, micro_batches, named_source, open_run, print0, save_checkpoint,
     save_model, setup, tokenize)
@@ -71,7 +71,7 @@ def parse_args():
         help="weight of the contrastive loss, for swav 0.1 on pairs and 0.5 on differences; 0: "
         "none, which with --dropout 0 is baseline_rm.py")
     add("--dropout", type=in_range(float, 0, 0.99), default=0.05,
-        help="dropout rate of the two views; 0: one view")
+        help="dropout rate of the two views, wherever the model has dropout; 0: one view")
     # UNSTATED: the temperatures. They are those of the two methods' own code.
     add("--temperature", type=in_range(float, 1e-4), default=0.05, help="tau, for swav 0.1")
     add("--num-prototypes", type=in_range(int, 2), default=50,
@@ -125,20 +125,6 @@ def parse_args():
     if args.beta > 0 and args.dropout == 0:
         fatal("--dropout 0 makes the two views of a sample equal: --beta must be 0 as well")
     return args
-
-
-def add_dropout(model, rate):
-    """Apply dropout to the output of the embedding and of every decoder layer, in training only."""
-    # UNSTATED: the place. The paper gives the rate alone, and Llama has no dropout.
-    # DEVIATION: the prompt is computed once, so chosen and rejected share the dropout mask of its
-    # tokens in each view.
-    def drop(module, inputs, output):
-        if isinstance(output, tuple):
-            return F.dropout(output[0], rate, module.training), *output[1:]
-        return F.dropout(output, rate, module.training)
-
-    for module in (model.hf_model.get_input_embeddings(), *decoder_layers(model)):
-        module.register_forward_hook(drop)
 
 
 def forward_views(model, batches, num_views, seed, step):
@@ -242,8 +228,12 @@ if __name__ == "__main__":
     args.max_length = args.max_length or default_max_length(args.model)
     train = tokenize(load_rows(args.data), args.data, tokenizer, args.max_length)
     sets = load_sets(args.eval_data, tokenizer, args.max_length)
-    model = load_reward_model(args.model, tokenizer, device, args)
-    add_dropout(model, args.dropout)
+    # UNSTATED: the place of dropout. The paper gives the rate alone. Here it is every place where
+    # the model's config has dropout, in Llama the attention weights. After every layer, dropout
+    # kept SmolLM2, which has 30 layers, from learning.
+    # DEVIATION: the prompt is computed once, so chosen and rejected share its tokens' dropout masks
+    # in each view.
+    model = load_reward_model(args.model, tokenizer, device, args, dropout=args.dropout)
     num_views = 2 if args.dropout > 0 else 1
     hidden_size = model.hf_model.score.in_features
 

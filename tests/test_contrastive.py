@@ -16,8 +16,7 @@ SCRIPT, SWAV = "contrastive_rm.py", ["--method", "swav", "--num-prototypes", 6]
 def tiny(llama, tokenizer, rate, **changes):
     """A model with dropout, its data, and the micro-batches of the first step of a small run."""
     rows = common.tokenize(common.load_rows(data()), "data", tokenizer, 64)
-    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings(**changes))
-    rm.add_dropout(model, rate)
+    model = common.load_reward_model(llama, tokenizer, torch.device("cpu"), settings(**changes), dropout=rate)
     return model, rows, [*common.micro_batches(rows, common.batch_indices(96, 16, 0, 0), 100, model)]
 
 

@@ -13,7 +13,7 @@ import tokenize
 import pytest
 from conftest import ROOT
 
-MAX_TOKENS = {"common.py": 5785, "baseline_rm.py": 1300, "vote_strength.py": 1730, "denoise_rm.py": 2040,
+MAX_TOKENS = {"common.py": 5805, "baseline_rm.py": 1300, "vote_strength.py": 1730, "denoise_rm.py": 2040,
               "contrastive_rm.py": 2370, "meta_rm.py": 2090, "ppo_loop.py": 5120, "eval.py": 4700}
 SCRIPTS = sorted({*MAX_TOKENS} - {"common.py"})
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
