@@ -287,6 +287,8 @@ if __name__ == "__main__":
                 for view, batch, _, features in views:
                     all_features[view, batch.index] = features
             dist.all_reduce(all_features)  # every rank has filled in its own rows
+            if step == start and torch.equal(all_features[0], all_features[1]):
+                print0(f"warning: {args.model} has no dropout, so the two views are equal")
             all_features.requires_grad_()  # its .grad is what the second pass needs
             h_s, h_t = stack_samples(all_features, args.on)
             if args.method == "simcse":

@@ -108,10 +108,13 @@ def test_neutral_is_the_baseline_bit_for_bit(script):
 
 
 def test_what_is_logged_of_the_first_step(script):
-    """Means over the views, which are equal with this dropout; the contrastive loss without its weight."""
+    """Means over the views; the contrastive loss without its weight. This dropout makes the views equal, as in models
+    that have none, and the run says so."""
     script("baseline_rm.py", "--epochs", 0.1, "--output-dir", "baseline")
     for beta in (1, 0.25):
-        script(SCRIPT, "--beta", beta, "--dropout", 1e-9, "--epochs", 0.1, "--output-dir", f"beta-{beta}")
+        out = script(SCRIPT, "--beta", beta, "--dropout", 1e-9, "--epochs", 0.1, "--output-dir", f"beta-{beta}")
+        assert "views are equal" in out
+    assert "views are equal" not in script(SCRIPT, "--epochs", 0.1, "--output-dir", "other")
     [one], [quarter], [plain] = records("beta-1"), records("beta-0.25"), records("baseline")
     assert one["train/contrastive"] == pytest.approx(quarter["train/contrastive"], rel=1e-6)
     for key in ("train/loss", "train/accuracy", "train/reward_chosen"):
