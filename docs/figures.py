@@ -2,7 +2,7 @@
 results in docs/claims/results and from files that runs write. A figure without files is skipped.
 
     strength.png                     docs/toy/voted.jsonl
-    known_truth.png                  docs/claims/results/known_truth.json, by docs/claims/real.py
+    dialogues.png                    docs/claims/results/dialogues.json, by docs/claims/real.py
     deciles.png                      docs/claims/results/denoising.json, by docs/claims/run.py
     features.png, differences.png    the runs of python docs/claims/run.py generalisation
     ppo.png                          the runs of python docs/claims/run.py ppo
@@ -77,9 +77,9 @@ def draw_strength(axes):
         ylabel="std of the margins")
 
 
-def draw_known_truth(axes):
+def draw_dialogues(axes):
     """Figs. 2 and 3 by a language model on real text: where the flipped labels are."""
-    vote = read_results("known_truth")["runs"]["vote"]
+    vote = read_results("dialogues")["runs"]["vote"]
     tenths = [vote[f"tenth {i}, %"] for i in range(1, 11)]
     center = np.arange(5, 100, 10)
     means = [100 * tenth["mean"] for tenth in tenths]
@@ -188,7 +188,7 @@ def draw_best_of_n(axes):
 
 
 FIGURES = {  # number of panels
-    draw_strength: 3, draw_known_truth: 1, draw_deciles: 1, draw_features: 2, draw_differences: 1,
+    draw_strength: 3, draw_dialogues: 1, draw_deciles: 1, draw_features: 2, draw_differences: 1,
     draw_ppo: 2, draw_best_of_n: 1}
 
 if __name__ == "__main__":
