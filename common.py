@@ -324,7 +324,7 @@ def encode(prompt, responses, tokenizer, max_length):
         if is_chat:
             ids = to_ids(render(prompt + response, tokenizer), tokenizer, is_chat)
         else:
-            # the text may end in EOS already, also in several
+            # the text may already end in one EOS or more
             text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+$", "", prompt + response)
             ids = to_ids(text, tokenizer, is_chat) + [tokenizer.eos_token_id]
         rows.append(without_padding(ids, tokenizer))
@@ -371,7 +371,7 @@ def encode_row(row, number, tokenizer, max_length, code):
                 problem = "without room for the prompt"
                 prompt_ids = [0]
     except Exception as error:  # a chat template may raise anything
-        raise ValueError(f"row {number + 1}: {error} (README: the forms of rows)") from None
+        raise ValueError(f"row {number + 1}: {error} (forms of rows: see the README)") from None
     length = len(prompt_ids) + sum(len(ids) for ids in response_ids)
     return {"prompt_ids": prompt_ids, "response_ids": response_ids, "k": len(response_ids),
             "length": length, "row": number, "truncated": truncated, "problem": problem}
@@ -525,7 +525,7 @@ def collate(data, index, device, share):
             ends.append((len(input_ids) - 1, len(input_ids[-1]) - 1))
 
     k = len(examples["response_ids"][0])
-    ends = torch.tensor(ends, device=device).view(-1, k, 2)[: len(index)]  # none without rows
+    ends = torch.tensor(ends, device=device).view(-1, k, 2)[: len(index)]
     row, last = ends.unbind(-1)
     return Batch(
         np.asarray(index, int), pad_rows(input_ids, 0, device), pad_rows(segments, -1, device),
@@ -617,7 +617,7 @@ def load_pretrained(auto_class, name, flag, dropout=0.0, **changes):
         for part in (config, config.get_text_config()):
             for key, value in part.to_dict().items():
                 if "drop" in key and isinstance(value, (int, float)):
-                    # LayerDrop leaves out whole layers
+                    # LayerDrop, which skips whole layers, stays off
                     setattr(part, key, 0.0 if "layerdrop" in key else dropout)
         model, info = auto_class.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True)
@@ -705,7 +705,8 @@ def can_share_prompts(model, max_length):
 
     Tried on a prompt of one token, long responses that fill at least 512 columns, and after them
     two short ones. Recurrent layers and ALiBi fail, and so do windows that count columns or hold
-    fewer than `max_length` tokens, in bf16 far fewer. An error in separate rows is raised."""
+    fewer than `max_length` tokens. In bf16 only much shorter windows are noticed. An error in
+    separate rows is raised."""
     vocab_size = model.hf_model.config.get_text_config().vocab_size
     random = np.random.default_rng(0)
     length = max(1, max_length - 1)

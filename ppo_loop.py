@@ -594,7 +594,7 @@ if __name__ == "__main__":
         for name, source in args.eval_data:
             sets[name] = load_prompts(source, "test", tokenizer, args, args.eval_prompts)
     # the first prompt of each set of conversations
-    chats = [some[0].text for some in (prompts, *sets.values()) if some[0].is_chat]
+    chats = [x[0].text for x in (prompts, *sets.values()) if x[0].is_chat]
     if chats:
         warn_of_template(chats[0], tokenizer)
     policy = load_policy(args.model, tokenizer, device, args, "--model")
