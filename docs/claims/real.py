@@ -1,23 +1,20 @@
 """The papers' claims on real text, by a language model of your choice. Like run.py.
 
-    python docs/claims/real.py known_truth --model SmolLM2-135M-Instruct --seeds 5 --members 3 \\
-        --train 'data/$seed/train.jsonl' --test 'data/$seed/test.jsonl' --gold --fraction 0.25 \\
-        --flags ' --lr 5e-5 --max-length 96 --batch-size 16 --dtype bfloat16'
-
-$seed in a file's name is the seed. --gold counts the wrong labels that votes find or methods repeat.
+    python docs/claims/real.py dialogues --model SmolLM2-135M-Instruct --flags ' --lr 5e-5' \\
+        --train 'data/$seed/train.jsonl' --test 'data/$seed/test.jsonl'
 """
 
 import argparse
 import json
 import shutil
 import types
-from pathlib import Path
 
 from run import ROOT, common, run_missing, save_results  # first, because it extends the path
 
 import denoising
 from measure import Claim
 
+EPOCHS = (1, 2, 4)
 CONTRASTIVE = {"dropout": "--beta 0", "simcse": "--method simcse", "swav": "--method swav"}
 META = {"meta-0": "--eta 0", "plain-5e-6": "--eta 5e-6"}
 for eta in ("1e-3", "1e-2", "1e-1"):
@@ -33,14 +30,13 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("name", help="of the results file")
-    add("--about", default="", help="a sentence for the results file: model and data")
+    add("--about", default="", help="a sentence for the results file")
     add("--model", required=True, help="folder or hub id of a language model")
-    add("--train", required=True, help="comparisons")
+    add("--train", required=True, help="comparisons; $seed in a name is the seed")
     add("--test", required=True, help="comparisons in distribution")
     add("--gold", action="store_true", help="the column gold of --train is 0 for wrong labels")
     add("--clean", help="the texts of --train with right labels: a model trained on them is gold")
     add("--ood", nargs="*", default=[], metavar="NAME=SOURCE", help="others out of distribution")
-    add("--output-dir", help="default: runs/<name>")
     add("--seeds", type=common.in_range(int, 2), default=5)
     add("--jobs", type=int, default=1, help="processes; 0: only measure")
     add("--runs", default=".*", help="regular expression for their names")
@@ -68,10 +64,13 @@ def make_runs(args):
     train = f"{setting} --seed $voter --eval-every 0 --save-every 0 --eval-data {' '.join(sets)}"
     voted = f"denoise_rm.py {train} --data $dir/vote/train.jsonl"
     runs = {"vote": f"vote_strength.py {setting} --seed $voter --members {args.members} --eval-data"}
-    for epochs in (1, 2):
+    for epochs in EPOCHS:
         runs[f"baseline-{epochs}"] = f"baseline_rm.py {train} --epochs {epochs}"
         for name, flags in make_methods(args).items():
             runs[f"{name}-{epochs}"] = f"{voted} {flags} --epochs {epochs}"
+    for low in range(0, 100, 10):  # a tenth of the pairs, so more epochs
+        runs[f"tenth-{low}"] = f"{voted} --percentiles {low} {low + 10} --epochs 8"
+    runs["flipped"] = f"{runs['tenth-0']} --flip 1"
     for name, flags in CONTRASTIVE.items():
         runs[name] = f"contrastive_rm.py {train} {flags}"
     models = " ".join(f"{name}=$dir/{name}/model" for name in CONTRASTIVE)
@@ -112,7 +111,7 @@ def make_columns(args):
 def make_bases(args):
     """{run: the run over which its accuracies are gains}"""
     bases = {**dict.fromkeys(META, "meta-0"), **dict.fromkeys(CONTRASTIVE, "dropout")}
-    for epochs in (1, 2):
+    for epochs in EPOCHS:
         for name in make_methods(args):
             bases[f"{name}-{epochs}"] = f"baseline-{epochs}"
     return bases
@@ -124,15 +123,19 @@ def make_claims(args):
         Claim("Fig. 3", "The strongest tenth is right: less than 5 % are wrong",
               "share wrong, tenth 10", larger=0.05, smaller="vote"),
         Claim("Fig. 3", "Labels below 0 are mostly wrong", "share wrong below 0", "vote", 0.5),
+        Claim("Fig. 4", "The weakest tenth teaches the opposite", TEST, 0.5, "tenth-0"),
+        Claim("Fig. 5", "Flipped, it beats the strongest tenth", TEST, "flipped", "tenth-90"),
         Claim("Fig. 28", "The second epoch fits wrong labels", WRONG, "baseline-2", "baseline-1"),
         Claim("Fig. 11", "SimCSE separates the two sides", "test/overlap", "dropout", "simcse"),
         Claim("section 3.1", "SimCSE beats dropout alone", TEST, "simcse", "dropout"),
-        Claim("section 3.1", "SwAV beats dropout alone", TEST, "swav", "dropout")]
+        Claim("section 3.1", "SwAV beats dropout alone", TEST, "swav", "dropout"),
+        Claim("best of n", "The baseline's best of 8 beats a random response", "samples/best of 8",
+              "baseline-1", "baseline-1", smaller_key="samples/best of 1")]
     for part in ("weakest", "strongest"):
         text = f"Voters disagree more about the {part} labels than about weak ones"
         claims.append(Claim(
             "Fig. 2", text, f"std, {part}", "vote", "vote", smaller_key="std, 20 to 40 %"))
-    for epochs in (1, 2):
+    for epochs in EPOCHS:
         for name in make_methods(args):
             run = f"{name}-{epochs}"
             baseline = f"baseline-{epochs}"
@@ -142,9 +145,6 @@ def make_claims(args):
             claims.append(Claim("Fig. 28", text, WRONG, baseline, run))
         text = f"Dropping beats flipping, epochs: {epochs}"
         claims.append(Claim("arXiv 2509.23564", text, TEST, f"drop-{epochs}", f"flip-{epochs}"))
-    claims.append(Claim(
-        "best of n", "The baseline's best of 8 beats a random response", "samples/best of 8",
-        "baseline-1", "baseline-1", smaller_key="samples/best of 1"))
     for run in BEST[1:-1]:  # the last one is gold
         text = f"The best of 8 by {run} beats that by the baseline"
         claims.append(Claim("best of n", text, "samples/best of 8", run, "baseline-1"))
@@ -164,7 +164,7 @@ if __name__ == "__main__":
     args = parse_args()
     folders = []
     for seed in range(args.seeds):
-        folder = Path(args.output_dir or f"runs/{args.name}", str(seed)).resolve()
+        folder = ROOT / f"runs/{args.name}/{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         folders.append(folder)
         if args.gold:
