@@ -170,7 +170,7 @@ if __name__ == "__main__":
             loss.backward()
             sums += metric_sums(rewards.detach())
 
-        # means over all ranks; the gradients are summed by FSDP
+        # means over all ranks, whose gradients FSDP has summed during backward
         dist.all_reduce(sums)
         means = (sums / len(index)).tolist()
         metrics = {f"train/{key}": value for key, value in zip(METRICS, means)}

@@ -123,7 +123,7 @@ def setup():
             store=None if "RANK" in os.environ else dist.HashStore(),
             # ranks wait while the first one tokenises or asks a judge, which can take hours
             timeout=datetime.timedelta(days=7))
-        # atexit runs the last one first. After it gloo's threads still need Python: pytorch #190489
+        # atexit runs the last one first. Then gloo's threads still need Python: pytorch #190489
         atexit.register(time.sleep, 0.5 if WORLD_SIZE > 1 else 0)
         atexit.register(dist.destroy_process_group)
     sys.excepthook = print_error  # here, because init_process_group sets one, too
@@ -191,6 +191,8 @@ def join_messages(prompt, messages):
     n = 0  # or the messages repeat the prompt from turn n on: nothing of it, if n is its length
     while turns[: len(known) - n] != known[n:]:
         n += 1
+    if is_whole and n == len(known) and known[-1][0] == "user":
+        raise ValueError("the prompt is not part of the conversation in 'chosen' or 'rejected'")
     return prompt[:n] + messages
 
 
@@ -233,8 +235,8 @@ def read_row(row):
     Raises ValueError if the row has no known form."""
     prompt = row.get("prompt") or ""
     try:
-        if row.get("chosen") is None and row.get("responses") is not None:
-            return prompt, list(row["responses"])
+        if row.get("chosen") is None and isinstance(row.get("responses"), list):
+            return prompt, row["responses"]
         chosen, rejected = row["chosen"], row["rejected"]
         if not chosen or not rejected:
             return prompt, ["", ""]
@@ -255,9 +257,15 @@ def read_row(row):
 def render(messages, tokenizer, **kwargs):
     """Messages -> text, by the tokenizer's chat template; kwargs are those of apply_chat_template.
 
-    Llama 3's template writes today's date. It is pinned, or scores would change every day."""
+    Llama 3's template writes today's date. It is pinned, or scores would change every day. Raises
+    ValueError if the template would write a message otherwise than it is meant."""
     pinned_date = "{% macro strftime_now(format) %}01 Jan 2024{% endmacro %}"
     template = pinned_date + tokenizer.get_chat_template()
+    for message in messages:
+        if not isinstance(message.get("content") or "", str):
+            raise ValueError("the content of a message is not a text")
+        if message.get("tool_calls") and "tool_calls" not in template:
+            raise ValueError("the chat template does not write tool calls")
     return tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, **kwargs)
 
@@ -386,7 +394,7 @@ def tokenize(rows, source, tokenizer, max_length, k=2):
     if k and "responses" in rows.column_names and "chosen" not in rows.column_names:
         fatal(f"{source}: `responses` alone say nothing about preferences")
 
-    for name in {"tools", "chat_template_kwargs"} & set(rows.column_names):
+    for name in {"system", "images", "tools", "chat_template_kwargs"} & set(rows.column_names):
         print0(f"{source}: the column {name} is not read")
 
     # datasets caches by the arguments, and would not notice a change in this file's functions
@@ -558,7 +566,7 @@ def micro_batches(data, index, micro_tokens, model):
     overhead = micro_tokens / 8  # in tokens: by default 1,024, as measured on two CPU cores
     lengths = np.array(data["length"][index])
     lengths = 8 * np.ceil(lengths / 8)  # as `pad_rows` does
-    if not model.share:  # at most: k rows, each shorter than the shared one
+    if not model.share:  # an upper bound: k rows, none longer than the shared one
         lengths *= len(data[0]["response_ids"])
     order = np.argsort(-lengths, kind="stable")
     while len(order):

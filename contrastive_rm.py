@@ -1,4 +1,4 @@
-"""Reward modelling with a contrastive loss that pulls the features of chosen and rejected apart.
+r"""Reward modelling with a contrastive loss that pulls the features of chosen and rejected apart.
 
 Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), section 3.1.
 
@@ -20,7 +20,7 @@ q, from the other view:
     L         = L_rm + beta mean_i l_i,      L_rm: Eq. 2, mean over the two views
 
     torchrun contrastive_rm.py                      SimCSE on pairs in a toy world, half a minute
-    torchrun --nproc_per_node 8 contrastive_rm.py --model meta-llama/Llama-2-7b-hf \\
+    torchrun --nproc_per_node 8 contrastive_rm.py --model meta-llama/Llama-2-7b-hf \
         --method swav --on differences
 
 The samples are those of the whole batch, over all ranks and micro-batches. A first pass without
@@ -68,14 +68,15 @@ def parse_args():
     add("--on", choices=["pairs", "differences"], default="pairs",
         help="samples that the contrastive loss compares")
     add("--beta", type=in_range(float, 0), default=1.0,
-        help="weight of the contrastive loss, for swav 0.1 on pairs and 0.5 on differences; 0: "
-        "none, which with --dropout 0 is baseline_rm.py")
+        help="weight of the contrastive loss; with swav the default is 0.1 on pairs and 0.5 on "
+        "differences; 0: none, which with --dropout 0 is baseline_rm.py")
     add("--dropout", type=in_range(float, 0, 0.99), default=0.05,
         help="dropout rate of the two views, wherever the model has dropout; 0: one view")
     # UNSTATED: the temperatures. They are those of the two methods' own code.
-    add("--temperature", type=in_range(float, 1e-4), default=0.05, help="tau, for swav 0.1")
+    add("--temperature", type=in_range(float, 1e-4), default=0.05,
+        help="tau; default with swav: 0.1")
     add("--num-prototypes", type=in_range(int, 2), default=50,
-        help="K of swav; 20 on differences")
+        help="K of swav; default on differences: 20")
 
     # as in baseline_rm.py, but with batches of 16
     add("--model",
@@ -239,7 +240,7 @@ if __name__ == "__main__":
 
     # UNSTATED: the prototypes learn from the first step on, and their gradient is not clipped.
     # SwAV's own code freezes them for 313 steps. Every rank has a copy, and equal gradients keep
-    # the copies equal.
+    # the copies equal. Checkpoints hold the model and the prototypes.
     modules = nn.ModuleDict({"model": model})
     if args.method == "swav":
         torch.manual_seed(args.seed)
@@ -273,7 +274,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # the micro-batches of this step, which number its rows 0 to N - 1
+        # the micro-batches of this step; batch.index counts from 0 to N - 1, as in all_features
         index = batch_indices(len(train), args.batch_size, args.seed, step)
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
         rows = np.arange(len(index))
@@ -307,7 +308,7 @@ if __name__ == "__main__":
             loss.backward()
             sums += metric_sums(rewards.detach()) / num_views
 
-        # means over all ranks; the gradients are summed by FSDP
+        # means over all ranks, whose gradients FSDP has summed during backward
         dist.all_reduce(sums)
         means = (sums / len(index)).tolist()
         metrics = {f"train/{key}": value for key, value in zip(METRICS, means)}

@@ -13,7 +13,8 @@ rejected in some pairs, and to give each pair a margin m and a target t:
     --drop F               drop the weakest fraction F
     --flip F               swap the weakest fraction F; their mu becomes -mu         section 2.4
     --soft-targets T       t = sigmoid(mu / T)
-    --label-smoothing A    t = 1 - A, with --smooth-on negative only where mu < 0    Eq. 5
+    --label-smoothing A    t <- (1 - A) t + A (1 - t), which makes 1 - A of t = 1    Eq. 5
+                           with --smooth-on negative only where mu < 0
     --margin               m = mu, which is negative for suspicious pairs            Eq. 6
 
 They are applied in this order, and each fraction counts the pairs that the flags before it left.
@@ -23,9 +24,9 @@ learned, because a swapped pair with the opposite target has the same loss. The 
 
 The paper's "soft label + margin" can be read in three ways:
 
-    S1, as in the text    --margin --label-smoothing 0.2 --smooth-on negative
-    S2                    --margin --label-smoothing 0.2
-    S3                    --soft-targets 1
+    S1, as in the paper's text    --margin --label-smoothing 0.2 --smooth-on negative
+    S2                            --margin --label-smoothing 0.2
+    S3                            --soft-targets 1
 
     torchrun denoise_rm.py --soft-targets 1                    the toy world, 20 seconds on a CPU
     torchrun --nproc_per_node 8 denoise_rm.py --model my-sft-model --soft-targets 1
@@ -34,9 +35,9 @@ The paper's "soft label + margin" can be read in three ways:
 The second command trains on the authors' release, the third on the strengths of your own ensemble.
 Watch eval/<set>/accuracy on clean labels. In the toy world, the labels of `noisy` are not clean.
 
-In another trainer you need two things: a column with the strength, which vote_strength.py writes as
-"mean preference difference", and `denoised_loss`. TRL's RewardTrainer subtracts a column `margin`
-inside the sigmoid, as --margin does; soft targets need a compute_loss of your own.
+In another trainer you need the column "mean preference difference" of vote_strength.py,
+`make_targets`, which also says what pairs to swap, and `denoised_loss`. TRL's RewardTrainer
+subtracts a column `margin` inside the sigmoid, as --margin does. Soft targets need a compute_loss.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def parse_args():
         help="fraction of the pairs to flip, the weakest ones; paper: 0.1")
     add("--soft-targets", type=in_range(float, 0), default=0.0, metavar="T",
         help="temperature T of the targets; 0: hard targets")
-    # UNSTATED: the size of A. The paper's training loss settles at 0.50, the entropy of 0.2.
+    # UNSTATED: the size of A. The paper's training loss settles at 0.50, the entropy for A = 0.2.
     add("--label-smoothing", type=in_range(float, 0, 0.5), default=0.0, metavar="A",
         help="size of the smoothing, probably 0.2 in the paper")
     add("--smooth-on", choices=["all", "negative"], default="all",
@@ -157,11 +158,11 @@ def make_targets(strengths, flip=0.0, margin=False, label_smoothing=0.0, smooth_
     return swap, margins, targets
 
 
-def denoised_loss(rewards, offset, target):
-    """Eqs. 2, 5 and 6 for each comparison: rewards (B, 2), chosen first, offset (B,), target (B,)
-    -> (B,). The offset is the margin m, the target is t."""
+def denoised_loss(rewards, margin, target):
+    """Eqs. 2, 5 and 6 for each comparison: rewards (B, 2), chosen first, margins m (B,) and targets
+    t (B,) -> (B,)."""
     # DEVIATION: as printed, Eq. 6 has the margin outside the sigmoid, where it changes no gradient.
-    z = rewards[:, 0] - rewards[:, 1] - offset
+    z = rewards[:, 0] - rewards[:, 1] - margin
     return -(target * F.logsigmoid(z) + (1 - target) * F.logsigmoid(-z))
 
 
@@ -220,14 +221,14 @@ if __name__ == "__main__":
     if len(kept) == 0:
         fatal("no row is left to train on: none has a strength, or see --percentiles and --drop")
     train = train.select(kept)
-    swap, offsets, targets = make_targets(
+    swap, margins, targets = make_targets(
         strengths[kept], args.flip, args.margin, args.label_smoothing, args.smooth_on,
         args.soft_targets)
     print0(f"{len(has_strength):,} pairs, {sum(~has_strength):,} without strength; kept: "
-           f"{len(kept):,}, flipped: {swap.sum():,}; mean margin {offsets.mean():.3f}, "
+           f"{len(kept):,}, flipped: {swap.sum():,}; mean margin {margins.mean():.3f}, "
            f"mean target {targets.mean():.3f}")
     swap = torch.tensor(swap, device=device)
-    offsets = torch.tensor(offsets, device=device, dtype=torch.float32)
+    margins = torch.tensor(margins, device=device, dtype=torch.float32)
     targets = torch.tensor(targets, device=device, dtype=torch.float32)
     model = load_reward_model(args.model, tokenizer, device, args)
 
@@ -265,13 +266,13 @@ if __name__ == "__main__":
         for batch in micro_batches(train, index, args.micro_batch_tokens, model):
             rewards = model(batch)  # (B, 2), chosen first
             rewards = torch.where(swap[batch.index, None], rewards.flip(1), rewards)
-            losses = denoised_loss(rewards, offsets[batch.index], targets[batch.index])
+            losses = denoised_loss(rewards, margins[batch.index], targets[batch.index])
             loss = losses.sum() / len(index)
             loss.backward()
             objective += loss.detach()
             sums += metric_sums(rewards.detach())
 
-        # means over all ranks; the gradients are summed by FSDP
+        # means over all ranks, whose gradients FSDP has summed during backward
         dist.all_reduce(sums)
         dist.all_reduce(objective)
         means = (sums / len(index)).tolist()

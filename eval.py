@@ -230,17 +230,22 @@ def as_text(message):
     """A prompt or response, a text or a list of messages -> a text to read."""
     if isinstance(message, str):
         return message.strip()
+    contents = [str(turn.get("content") or turn.get("tool_calls")) for turn in message]
     if len(message) == 1:
-        return message[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in message)
+        return contents[0]
+    return "\n\n".join(f"{turn['role']}: {x}" for turn, x in zip(message, contents))
+
+
+def is_plain(prompt):
+    """Whether a prompt is a text without turns."""
+    return isinstance(prompt, str) and not prompt.rstrip().endswith("Assistant:")
 
 
 def as_dialogue(prompt, responses, prompt_format):
     """A prompt and responses, texts or lists of messages -> the same in the form of training.
 
-    Only a plain prompt, one that does not end in "Assistant:", gets another form. Raises ValueError
-    if it is not known which."""
-    if isinstance(prompt, str) and not prompt.rstrip().endswith("Assistant:"):
+    Only a plain prompt gets another form. Raises ValueError if it is not known which."""
+    if is_plain(prompt):
         if prompt_format is None:
             raise ValueError("choose the --prompt-format that the reward model was trained on")
         if prompt_format == "transcript":
@@ -333,7 +338,7 @@ def second_label(margins, data):
     prefers chosen, too. {} without a second label, or if it prefers chosen everywhere."""
     for name in LABELS:
         if name in data.column_names:
-            labels = np.array(data[name][:])
+            labels = np.array(data[name][:], float)
             agrees = labels == 1
             right = np.where(agrees, margins > 0, margins < 0)
             if agrees.all():
@@ -359,6 +364,9 @@ def strength_curve(margins, strength):
 
 def evaluate_comparisons(model, tokenizer, data, args):
     """An EvalSet of N comparisons -> the record of the model and the points of its curves."""
+    if args.prompt_format and is_plain(data.rows[0].get("prompt") or []):
+        fatal(f"{data.source}: --prompt-format is for lists of responses. Write the prompts of "
+              "comparisons as transcripts or messages.")
     tokens = tokenize(data.rows, data.source, tokenizer, args.max_length)
     rewards, features = compute_rewards(model, tokens, args.micro_batch_tokens, with_features=True)
     margins = (rewards[:, 0] - rewards[:, 1]).double().numpy()
@@ -462,6 +470,8 @@ def ask_server(prompt, a, b, args):
 
 def read_verdict(reply):
     """-> 1 if A is better, -1 if B is, 0 if they are equal, by the last mark; NaN without one."""
+    if isinstance(reply, Exception):  # it may quote the request, and so its marks
+        return math.nan
     marks = re.findall(r"\[\[([ABC])\]\]", str(reply))
     return {"A": 1.0, "B": -1.0, "C": 0.0}[marks[-1]] if marks else math.nan
 

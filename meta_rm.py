@@ -1,8 +1,7 @@
-"""Reward modelling for a policy that moves: MetaRM.
+r"""Reward modelling for a policy that moves: MetaRM.
 
 Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06080), section 3.2,
-and Alleviating Shifted Distribution in Human Preference Alignment through Meta-Learning (arXiv
-2405.00438).
+and MetaRM: Shifted Distributions Alignment via Meta-Learning (arXiv 2405.00438).
 
 As PPO shifts the policy, the reward model sees responses y_1 ... y_k unlike those it was trained
 on, and tells them apart less well. J measures, without labels, how far apart their rewards are
@@ -19,10 +18,10 @@ grad L + eta H_L grad J:
 
     torchrun meta_rm.py                                 the toy world, 25 seconds on a CPU
     python ppo_loop.py --model my-policy --iterations 0
-    torchrun --nproc_per_node 8 meta_rm.py --model my-sft-model \\
+    torchrun --nproc_per_node 8 meta_rm.py --model my-sft-model \
         --meta-data runs/ppo_loop/samples.jsonl
 
-The second command samples a meta set from your own policy. Compare train/shift, the length of the
+The second command samples a meta set from your own policy. Compare train/ascent, the length of the
 ascent, with train/update, the length of the optimizer's step (with --update alternate, of both
 together). eval/meta/difference is the mean of |r(x, y_i) - r(x, y_j)| on a held-out tenth of the
 meta set. Compare it with a run with --eta 0.
@@ -157,7 +156,7 @@ def global_norm(tensors):
     return math.sqrt(squares.item())
 
 
-def shift_length(model, params, saved):
+def ascent_length(model, params, saved):
     """The length of the ascent from `saved` to `params` as the forward pass sees it.
 
     FSDP gathers all weights but the head in `model.dtype`. bf16 may round a small step away."""
@@ -279,7 +278,7 @@ if __name__ == "__main__":
                 for p in params:
                     p.add_(p.grad, alpha=step_size)
             optimizer.zero_grad()
-            shift = shift_length(model, params, saved)
+            ascent = ascent_length(model, params, saved)
 
         # Eq. 13: the gradient of the preference loss at theta', as in baseline_rm.py
         index = batch_indices(len(train), args.batch_size, args.seed, step)
@@ -296,7 +295,7 @@ if __name__ == "__main__":
                 for p, old in zip(params, saved):
                     p.copy_(old)
 
-        # means over all ranks; the gradients are summed by FSDP
+        # means over all ranks, whose gradients FSDP has summed during backward
         dist.all_reduce(sums)
         means = (sums / len(index)).tolist()
         metrics = {f"train/{key}": value for key, value in zip(METRICS, means)}
@@ -309,9 +308,9 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         if args.eta:
             update = global_norm([p.detach() - old for p, old in zip(params, saved)])
-            metrics.update({"train/J": J.item(), "train/shift": shift, "train/update": update})
+            metrics.update({"train/J": J.item(), "train/ascent": ascent, "train/update": update})
             # less than half of its length before rounding
-            if step == start and shift < 0.5 * step_size * meta_grad_norm:
+            if step == start and ascent < 0.5 * step_size * meta_grad_norm:
                 print0(f"{args.dtype} rounds most of the ascent away: raise --eta or use float32")
         metrics["train/grad_norm"] = grad_norm
         metrics["train/lr"] = lr

@@ -103,7 +103,7 @@ def strength(votes):
     return margins.mean(0), margins.std(0)
 
 
-def pair_responses(rows):
+def pair_responses(rows, source):
     """Comparisons as they are; rows of k responses as the k // 2 disjoint pairs of each.
 
     Which response of such a pair is called chosen is arbitrary."""
@@ -115,7 +115,7 @@ def pair_responses(rows):
         for chosen, rejected in zip(responses[::2], responses[1::2]):
             pairs.append({"prompt": row.get("prompt"), "chosen": chosen, "rejected": rejected})
     if not pairs:
-        fatal("--eval-data: rows need two `responses` to vote on")
+        fatal(f"{source}: rows need two `responses` to vote on")
     return datasets.Dataset.from_list(pairs)
 
 
@@ -203,7 +203,7 @@ if __name__ == "__main__":
     args.max_length = args.max_length or default_max_length(args.model)
     raw = {"train": load_rows(args.data)}
     for name, source in args.eval_data:
-        raw[name] = pair_responses(load_rows(source, "test"))
+        raw[name] = pair_responses(load_rows(source, "test"), source)
     sets = {}
     for name, rows in raw.items():
         sets[name] = tokenize(rows, sources[name], tokenizer, args.max_length)
@@ -239,6 +239,6 @@ if __name__ == "__main__":
                 label = np.full(len(mean), -1)
                 for column in ("GPT4 label", "gold"):
                     if column in rows.column_names:
-                        label = np.array(sets[name][column][:])
+                        label = np.array(sets[name][column][:], float)
                 print_groups(name, mean, std, label)
     dist.barrier()

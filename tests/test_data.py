@@ -123,7 +123,7 @@ def test_turns_with_tools():
     {"question": "name two fruits", "response_j": " fig", "response_k": " dog"},
     {"data": [TEXT]},
     {"chosen": ["name two fruits", None], "rejected": ["name two fruits", " dog"]},
-    {"prompt": TEXT, "responses": 3.0},
+    {"prompt": TEXT, "responses": "ab"},
     {"prompt": TEXT, "chosen": [" dog"], "rejected": [" fig", " saw", " axe"]},  # lists of answers, not of turns
     {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD, USER]},
     CHAT_FORMS["prompt"],  # a tokenizer without a chat template
@@ -131,6 +131,20 @@ def test_turns_with_tools():
 def test_unknown_forms_name_the_row(row, tokenizer):
     with pytest.raises(SystemExit, match="^error: x.jsonl: row 1: "):
         tokenize([row], tokenizer)
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "another question", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    {"prompt": [SYSTEM, USER], "chosen": [{**SYSTEM, "content": "be kind"}, USER, GOOD], "rejected": [USER, BAD]},
+    dict.fromkeys(("chosen", "rejected"), [{**x, "content": [{"type": "text", "text": "q"}]} for x in (USER, GOOD)]),
+    {"chosen": [USER, {**GOOD, "tool_calls": [{"name": "apple"}]}], "rejected": [USER, BAD]},
+])
+def test_conversations_that_would_be_read_wrongly(row):
+    """A prompt that is not in the conversation; parts that are not text, and tools, which the template cannot write."""
+    chat = toy.make_tokenizer()
+    chat.chat_template = TEMPLATE
+    with pytest.raises(SystemExit, match="^error: x.jsonl: row 1: "):
+        tokenize([row], chat)
 
 
 def test_unusable_rows_are_dropped_and_counted(tokenizer, capsys):

@@ -13,7 +13,7 @@ import tokenize
 import pytest
 from conftest import ROOT
 
-MAX_TOKENS = {"common.py": 5805, "baseline_rm.py": 1300, "vote_strength.py": 1730, "denoise_rm.py": 2040,
+MAX_TOKENS = {"common.py": 5880, "baseline_rm.py": 1300, "vote_strength.py": 1730, "denoise_rm.py": 2040,
               "contrastive_rm.py": 2370, "meta_rm.py": 2090, "ppo_loop.py": 5120, "eval.py": 4700}
 SCRIPTS = sorted({*MAX_TOKENS} - {"common.py"})
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -64,7 +64,7 @@ def test_scripts_are_easy_to_take_in(name):
 def test_files_can_be_read_in_one_sitting():
     lines = {name: text.count("\n") for name, text in {**TEXTS, **DOCS}.items()}
     assert {*MAX_TOKENS} == {path.name for path in ROOT.glob("*.py")}
-    assert sum(lines[name] for name in MAX_TOKENS) <= 3725
+    assert sum(lines[name] for name in MAX_TOKENS) <= 3745
     assert lines["README.md"] <= 300 and lines["docs/results.md"] <= 650
     assert sum(lines[name] for name in TEXTS if name.startswith("docs/claims/")) <= 650
     assert [name for name, text in TEXTS.items() if max(map(len, text.splitlines())) > 120] == []

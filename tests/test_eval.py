@@ -100,6 +100,8 @@ def test_length_bias():
 def test_second_label():
     """Four pairs: gold prefers chosen, rejected, neither, chosen; the last margin is a tie."""
     rows = datasets.Dataset.from_dict({"gold": [1, 0, -1, 1], "GPT4 label": [0, 0, 0, 0]})
+    text = datasets.Dataset.from_dict({"gold": ["1", "0", "-1", None]})
+    assert evaluation.second_label(np.array([2.0, -1.0, 3.0, 0.0]), text)["accuracy_second"].tolist() == [1, 1]
     found = evaluation.second_label(np.array([2.0, -1.0, 3.0, 0.0]), rows)
     assert found["accuracy_second"].tolist() == [1, 1, 0]
     assert found["accuracy_agreeing"].tolist() == [1, 0]
@@ -156,6 +158,12 @@ def test_rows_without_responses_are_dropped(tmp_path):
     assert found.items == [("q", ["a", "b", "c"])] and found.targets == [1]
 
 
+def test_text_for_a_judge():
+    call = {"role": "assistant", "content": None, "tool_calls": ["saw"]}
+    assert evaluation.as_text([call]) == "['saw']"
+    assert evaluation.as_text([{"role": "user", "content": "q"}, call]) == "user: q\n\nassistant: ['saw']"
+
+
 def test_what_a_question_becomes():
     transcript, chat = "\n\nHuman: q\n\nAssistant:", [{"role": "user", "content": "q"}]
     assert evaluation.as_dialogue("q", ["a", " b", ""], "transcript") == (transcript, [" a", " b", ""])
@@ -165,6 +173,10 @@ def test_what_a_question_becomes():
     assert evaluation.as_dialogue(transcript, ["a"], None) == (transcript, ["a"])
     with pytest.raises(ValueError):  # a guess could give wrong scores
         evaluation.as_dialogue("q", ["a"], None)
+    rows = datasets.Dataset.from_list([{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    data = evaluation.EvalSet("x.jsonl", "comparisons", rows, [], [])
+    with pytest.raises(SystemExit, match="--prompt-format"):  # comparisons are read as in training
+        evaluation.evaluate_comparisons(None, None, data, settings(prompt_format="chat"))
 
 
 def test_rewards_are_those_of_plain_transformers(reward_models, tokenizer):
@@ -308,7 +320,8 @@ def test_server(run, policies, monkeypatch):
             reply = judge(*[x[3:].split("\n\n")[0] for x in answers])
             self.send_response(reply if isinstance(reply, int) else 200)
             self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
+            # the request, too, as some servers do: its marks are no verdict
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}], "input": body}).encode())
 
     def longest(a, b):
         if len(a) == len(b):
@@ -349,7 +362,7 @@ def test_server(run, policies, monkeypatch):
         for replies in (itertools.repeat("no mark"), iter(["[[A]]"])):
             judge = lambda a, b: next(replies, 500)  # noqa: E731
             with pytest.raises(SystemExit) as error:
-                run("wins", *flags)
+                run("wins", *flags[:3], *flags[5:])  # two policies, so that no other one fails
             assert url in str(error.value)
         judge = lambda a, b: 400  # noqa: E731
         with pytest.raises(SystemExit, match="choices"):  # what the server says

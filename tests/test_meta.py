@@ -84,7 +84,7 @@ def test_run_against_the_plainest_loop(update, ascent, script, llama, tokenizer,
                 lr = 1e-3 * min(step + 1, (3 - step) / 2)
                 p -= lr * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-6)
             moved = sum((p - old).square().sum() for p, old in zip(parameters, before)).sqrt()
-        expected = {"train/J": objective.item(), "train/shift": shift, "train/loss": loss.item(),
+        expected = {"train/J": objective.item(), "train/ascent": shift, "train/loss": loss.item(),
                     "train/grad_norm": norm.item()}
         assert {key: record[key] for key in expected} == pytest.approx(expected, rel=1e-3)
         assert record["train/update"] == pytest.approx(moved.item(), rel=2e-2)
@@ -103,7 +103,7 @@ def test_no_ascent_is_the_baseline_bit_for_bit(script, meta):
 def test_weights_are_restored_exactly(script, llama, tokenizer, meta):
     """Without a step of AdamW they are as they were, however far the ascent went."""
     train(script, "--eta", 100, "--ascent", "normalized", "--lr", 0, "--epochs", 0.2)
-    assert records(RUN)[0]["train/shift"] == pytest.approx(100)
+    assert records(RUN)[0]["train/ascent"] == pytest.approx(100)
     start = common.load_reward_model(llama, tokenizer, CPU, settings()).hf_model.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(RUN).items())
 
@@ -115,7 +115,7 @@ def test_shift_is_what_arrives_in_bf16(script, llama, tokenizer, meta):
     shifts = {}
     for dtype in ("float32", "bfloat16"):
         out = train(script, "--model", "grid", "--dtype", dtype, "--eta", 5e-6, "--epochs", 0.2, "--output-dir", dtype)
-        shifts[dtype] = records(dtype)[0]["train/shift"]
+        shifts[dtype] = records(dtype)[0]["train/ascent"]
         assert ("bfloat16 rounds" in out) == (dtype == "bfloat16")
     assert shifts["bfloat16"] < 0.5 * shifts["float32"]
 

@@ -18,7 +18,7 @@ DIFFERENCES = {
 COLUMNS = {
     "`id`, %": ID, "`ood`, %": "eval/ood/accuracy", "`shifted`, %": SHIFTED,
     "`noisy`, %": "eval/noisy/accuracy", "overlap on `id`": "id/overlap",
-    "overlap on `shifted`": "shifted/overlap", "ascent": "mean/train/shift",
+    "overlap on `shifted`": "shifted/overlap", "ascent": "mean/train/ascent",
     "update": "mean/train/update", **DIFFERENCES}
 
 

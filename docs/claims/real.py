@@ -96,7 +96,7 @@ def make_columns(args):
     """{name on the page: number of a run}"""
     columns = {
         "test, %": TEST, "loss on test": "eval/test/loss", "wrong labels repeated, %": WRONG,
-        "overlap": "test/overlap", "ascent": "mean/train/shift", "update": "mean/train/update",
+        "overlap": "test/overlap", "ascent": "mean/train/ascent", "update": "mean/train/update",
         "difference": "eval/meta/difference", "best of 1": "samples/best of 1",
         "best of 8": "samples/best of 8", "minutes": "minutes"}
     for source in args.ood:
