@@ -6,16 +6,9 @@ results in docs/claims/results and from files that runs write. A figure without 
     deciles.png                      docs/claims/results/denoising.json, by docs/claims/run.py
     features.png, differences.png    the runs of python docs/claims/run.py generalisation
     ppo.png                          the runs of python docs/claims/run.py ppo
-    best_of_n.png                    the runs of baseline_rm.py, contrastive_rm.py, meta_rm.py and
-
-        python contrastive_rm.py --method swav --output-dir runs/swav
-        python ppo_loop.py --iterations 0 --num-samples 300 --k 64 --output-dir runs/samples
-        python eval.py --gold docs/toy/make.py --eval-data n=runs/samples/samples.jsonl \\
-            --reward-models runs/{baseline_rm,contrastive_rm,meta_rm,swav}/model
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -73,7 +66,7 @@ def draw_strength(axes):
     std = np.array_split([row["std preference difference"] for row in rows], 20)
     axes[2].plot(center, [np.mean(part) for part in std], "o-")
     axes[2].set(
-        title="Voters disagree most at the ends", xlabel="pairs by strength, %",
+        title="How much the votes on a pair differ", xlabel="pairs by strength, %",
         ylabel="std of the margins")
 
 
@@ -167,29 +160,9 @@ def draw_ppo(axes):
         axis.legend(markerscale=3)
 
 
-def draw_best_of_n(axes):
-    """The true reward of the best of n responses by reward."""
-    records = json.loads(Path("runs/eval/eval.json").read_text())
-    records = [record for record in records if record["table"] == "best of n"]
-    if not records:
-        raise ValueError("runs/eval/eval.json has no best of n")
-    for model in dict.fromkeys(record["model"] for record in records):
-        points = [x for x in records if x["model"] == model]
-        n = [record["n"] for record in points]
-        score = [record["score"] for record in points]
-        half = [record["score_half"] for record in points]
-        axes[0].errorbar(n, score, half, fmt=".-", capsize=2, label=model)
-    axes[0].set_xscale("log", base=2)
-    axes[0].xaxis.set_major_formatter("{x:.0f}")
-    axes[0].set(
-        title="Best of n responses by each reward model", xlabel="n",
-        ylabel="true reward of the best")
-    axes[0].legend()
-
-
 FIGURES = {  # number of panels
     draw_strength: 3, draw_dialogues: 1, draw_deciles: 1, draw_features: 2, draw_differences: 1,
-    draw_ppo: 2, draw_best_of_n: 1}
+    draw_ppo: 2}
 
 if __name__ == "__main__":
     for draw, columns in FIGURES.items():

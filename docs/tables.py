@@ -28,6 +28,7 @@ The threshold is half a point for accuracies and other shares. For any other num
 number that it is compared with, or what the claim says.
 """
 
+import collections
 import functools
 import json
 import re
@@ -200,7 +201,12 @@ def show_verdict(results, text):
 
 
 def show_hours(results, _):
-    return f"{results['hours']:.1f} hours of one core ({'; '.join(results['code'])})"
+    commits = collections.defaultdict(list)  # by versions and processor
+    for code in results["code"]:
+        commit, _, versions = code.partition(", ")
+        commits[versions].append(commit.removeprefix("commit "))
+    parts = [f"commit {', '.join(names)}; {versions}" for versions, names in commits.items()]
+    return f"{results['hours']:.1f} hours of one core ({'; '.join(parts)})"
 
 
 SHOW = {

@@ -154,7 +154,7 @@ def test_a_changed_digit_is_rendered_again(monkeypatch, tmp_path):
     entry = {"mean": 0.871, "half": 0.0123, "p": 0.1, "n": 5, "percent": True, "signed": False}
     loss = {**entry, "percent": False, "n": 4}
     results = {
-        "seeds": 5, "hours": 1.5, "code": ["commit abc"],
+        "seeds": 5, "hours": 1.5, "code": ["commit abc, torch 1", "commit def, torch 1"],
         "runs": {"S3-1": {"test, %": entry, "loss": loss}},
         "claims": [claim("Fig. 1", 0.02, 0.012, 0.01)]}
     (tmp_path / "trial.json").write_text(json.dumps(results))
@@ -166,7 +166,7 @@ def test_a_changed_digit_is_rendered_again(monkeypatch, tmp_path):
     assert "|  | 1 |\n| --- | --- |\n| S3 | 87.1 ± 1.2 |\n" in page
     assert "| Fig. 1 | +2.0 ± 1.2 points, p 0.01: confirmed |" in page
     assert "| S3-1 | 87.1 ± 1.2 |" in page and "+2.0 ± 1.2 points<" in page and "confirmed<" in page
-    assert "0.871 ± 0.012 (4 seeds)" in page and "1.5 hours of one core (commit abc)" in page
+    assert "0.871 ± 0.012 (4 seeds)" in page and "1.5 hours of one core (commit abc, def; torch 1)" in page
     assert tables.render(page) == page == tables.render(page.replace("87.1", "97.1"))
     for mark in ("verdict: trial/none", "table: trial/none", "number: trial/S3-1/none", "hours: x",
                  "pivot: trial/(x)(y)/loss"):
