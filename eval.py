@@ -9,14 +9,15 @@ MetaRM (arXiv 2405.00438).
 
 What is measured on a set of --eval-data depends on the form of its rows:
 
-    comparisons, in any form that the training scripts read       all columns below
+    comparisons, in any form that the training scripts read       all columns below, and more
     a prompt and lists `chosen` and `rejected` (RewardBench 2)    accuracy, over_first
     a prompt, `responses` and their true `scores` (or --gold)     true score of the best of n
 
-The screen shows the first columns. All of them are in eval.md, means with their 95 % intervals:
+The screen shows these columns. eval.md has more, and the 95 % intervals of all means:
 
-    accuracy          how often the chosen response gets the higher reward; a tie is an error,
-                      but lists with one right response share it among ties
+    accuracy          how often the chosen response gets the higher reward; a tie is an error, but
+                      one right response among three or more shares the top with its ties; of
+                      several right ones: the fraction of right-wrong pairs in order
     tie_rate          how often both responses get the same reward
     longer_wins       accuracy of always choosing the response with more tokens
     prefers_longer    how often the model gives the longer response the higher reward
@@ -230,7 +231,7 @@ def as_text(message):
     """A prompt or response, a text or a list of messages -> a text to read."""
     if isinstance(message, str):
         return message.strip()
-    contents = [str(turn.get("content") or turn.get("tool_calls")) for turn in message]
+    contents = [str(turn.get("content") or turn.get("tool_calls") or "") for turn in message]
     if len(message) == 1:
         return contents[0]
     return "\n\n".join(f"{turn['role']}: {x}" for turn, x in zip(message, contents))
@@ -374,7 +375,7 @@ def evaluate_comparisons(model, tokenizer, data, args):
     accuracy[tokens["row"][:]] = margins > 0
     sizes = np.abs(margins)
     record = {
-        "table": "reward models", "accuracy": accuracy, "tie_rate": np.mean(margins == 0),
+        "table": "reward models", "accuracy": accuracy, "tie_rate": margins == 0,
         **length_bias(margins, tokens["response_ids"]),
         "loss": np.logaddexp(0, -margins), "overlap": overlap(features),
         "reward_difference": sizes, **second_label(margins, tokens)}
@@ -393,7 +394,7 @@ def best_of_n(rewards, scores, sizes):
     """Expected true score of the best of n of k responses by reward, over all subsets of n.
 
     Rewards and true scores (k,) -> a value for each n in `sizes`, NaN if a reward is. The response
-    of rank i, from 0, is the best in C(i, n - 1) of C(k, n) subsets."""
+    with i others below it is the best in C(i, n - 1) of C(k, n) subsets."""
     if np.isnan(rewards).any():
         return np.full(len(sizes), math.nan)
     scores = np.array([scores[rewards == x].mean() for x in rewards])  # equal rewards: any of them

@@ -6,15 +6,15 @@ Secrets of RLHF in Large Language Models Part II: Reward Modeling (arXiv 2401.06
 The policy pi samples responses y to prompts x. The reward model r scores each response, and the
 score is a reward for its last token. At every token the policy pays a penalty for its distance from
 the reference, the SFT model. The critic V starts as a copy of r. Before each token it predicts the
-rewards still to come.
+rewards still to come. After the last one its value counts as 0, also if the response is cut off.
 
-    z       = clip( (r(x, y) - mean) / std, -c', c' )    mean and std of all scores so far
-    R_t     = -beta (log pi(y_t) - log pi_ref(y_t))      at the last token also + z, and - 1 if the
+    z       = clip( (r(x, y) - mean) / std, -c', c' )    mean and std of all scores up to now
+    R_t     = -beta log( pi_old(y_t) / pi_ref(y_t) )     at the last token also + z, and - 1 if the
                                                          response does not end
-    delta_t = R_t + V_{t+1} - V_t
+    delta_t = R_t + V_old_{t+1} - V_old_t                V_old is the critic before the updates
     A_t     = sum_l lambda^l delta_{t+l}                 advantage (GAE with gamma = 1)
     A'_t    = (A_t - mean) / std                         over all tokens of the roll-out
-    G_t     = A_t + V_t                                  return, the target of the critic
+    G_t     = A_t + V_old_t                              return, the target of the critic
     rho_t   = pi(y_t) / pi_old(y_t)                      pi_old is the policy that sampled y
 
     policy    -min( rho A', clip(rho, 1 - c, 1 + c) A' )
@@ -124,11 +124,12 @@ def parse_args():
     # rewards and advantages
     add("--kl-coef", type=not_negative, default=0.05,
         help="beta, the weight of the KL penalty; 0: no penalty")
+    # UNSTATED: whether the runs without a KL penalty rescale scores, too. Here they do.
     add("--reward-scaling", choices=["none", "std", "norm"], default="norm",
         help="std: divide scores by their running std; norm: also subtract their running mean")
     add("--reward-clip", type=not_negative, default=0.8,
         help="c', the largest size of a rescaled score; 0, or without scaling: no clipping")
-    # UNSTATED: this penalty, and whether the runs without a KL penalty rescale scores, too.
+    # UNSTATED: this penalty.
     add("--missing-eos-penalty", type=not_negative, default=1.0,
         help="subtracted from the rescaled score of a response without a stop token")
 
@@ -174,6 +175,7 @@ def parse_args():
         help="keep weights, gradients and optimizer state in host memory")
 
     known = parser.parse_known_args()[0]
+    # in later rounds only the reference is toy; is_toy(None) is true
     if is_toy(known.model) or known.reference and is_toy(known.reference):
         parser.set_defaults(**TOY_FILES | TOY_SETTINGS)
         print0(f"toy world, with the defaults {TOY_SETTINGS}")
@@ -264,6 +266,7 @@ def compare_tokenizers(tokenizer, other, is_chat):
     """What makes two tokenizers read the same response as different ids: a list of names.
 
     Pad tokens may differ. Chat templates matter for conversations only."""
+    # words that one of them lacks, or that have another id
     words = {word for word, _ in tokenizer.get_vocab().items() ^ other.get_vocab().items()}
     differs = {
         "vocabulary": words - {tokenizer.pad_token, other.pad_token},
@@ -298,7 +301,7 @@ def load_prompts(source, split, tokenizer, args, limit=math.inf):
     bar = tqdm(order, f"reading {source}", leave=False, disable=RANK > 0 or None)
     for num_read, i in enumerate(bar, 1):
         try:
-            # only the prompt is needed: with an empty list of responses `read_row` reads it alone
+            # with a list of responses, if an empty one, `read_row` accepts rows of `prompt` alone
             prompt = text = read_row({**rows[i], "responses": []})[0]
             is_chat = isinstance(prompt, list)
             if is_chat and prompt:
@@ -378,6 +381,8 @@ def sample_responses(policy, prompts, k, seed, args):
 
 def decode(prompt, responses, tokenizer):
     """Responses (k, tokens) -> texts up to the next human turn or, in a conversation, messages.
+
+    They are cut there because in reward training a response is one turn.
 
     A text begins as the policy wrote it, with or without a space. It is decoded after the last
     token of the prompt, because some tokenizers leave out a space at the very beginning."""
@@ -514,7 +519,7 @@ def end_response(tokens, stop, end):
 
 
 def mean_gold(prompts, responses, models):
-    """The mean true reward of all responses, whole as the reward model reads them."""
+    """The mean true reward of all responses, whole: for the score they are not cut, either."""
     values = []
     for prompt, y in zip(prompts, responses):
         for text in models.tokenizer.batch_decode(y, skip_special_tokens=True):

@@ -19,7 +19,7 @@ The third command also votes on pairs without a label. The rows are written to
 Look at the printed table: the weakest groups hold the wrong labels (Figs. 2 and 3).
 
 The members are trained one after the other. To train one on each GPU, start several processes on
-the same folder, then count the votes:
+the same folder, with --resume, or each would rename the folder of the others. Then count the votes:
 
     for seed in 0 1 2 3; do
         CUDA_VISIBLE_DEVICES=$seed python vote_strength.py --resume --seed $seed --members 1 &
@@ -170,7 +170,7 @@ def write_votes(path, rows, index, votes):
     The columns are those of the authors' release, and null where a row was dropped."""
     mean, std = strength(votes)
     columns = [x.tolist() for x in (votes[..., 0].T, votes[..., 1].T, mean, std)]
-    values = dict(zip(index, zip(*columns)))
+    values = dict(zip(index, zip(*columns)))  # row number: its COLUMNS
 
     lines = []
     for i, row in enumerate(rows):
@@ -185,8 +185,8 @@ def print_groups(name, mean, std, label):
     print0(f"{name}, weakest first\n  rows up to    mean     std   second label agrees")
     groups = np.array_split(np.argsort(mean, kind="stable"), min(20, len(mean)))
     for i, group in enumerate(groups, 1):
-        sides = [value for value in label[group] if value in (0, 1)]
-        agreement = f"{np.mean(sides):.3f}" if sides else "-"
+        known = [value for value in label[group] if value in (0, 1)]
+        agreement = f"{np.mean(known):.3f}" if known else "-"
         print0(f"{i / len(groups):12.0%}{mean[group].mean():8.3f}{std[group].mean():8.3f}"
                f"{agreement:>9}")
 

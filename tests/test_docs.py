@@ -64,7 +64,7 @@ def test_scripts_are_easy_to_take_in(name):
 def test_files_can_be_read_in_one_sitting():
     lines = {name: text.count("\n") for name, text in {**TEXTS, **DOCS}.items()}
     assert {*MAX_TOKENS} == {path.name for path in ROOT.glob("*.py")}
-    assert sum(lines[name] for name in MAX_TOKENS) <= 3745
+    assert sum(lines[name] for name in MAX_TOKENS) <= 3750
     assert lines["README.md"] <= 300 and lines["docs/results.md"] <= 650
     assert sum(lines[name] for name in TEXTS if name.startswith("docs/claims/")) <= 650
     assert [name for name, text in TEXTS.items() if max(map(len, text.splitlines())) > 120] == []

@@ -40,7 +40,7 @@ for method, eta in (("meta", 0.01), ("plain", 0)):  # three rounds, with the met
             f"--kl-coef 0.2 --iterations 100 --seed {i}$seed")
         policy = f"$dir/{method}-{i}/policy"
         samples = f"$dir/{method}-{i}/samples.jsonl"
-for name, others in DUELS.items():  # on prompts that no policy was trained on
+for name, others in DUELS.items():  # on the 32 prompts of `id`, which are also in training
     files = ""
     for policy in (name, *others):
         RUNS[f"answers-{policy}"] = f"{ANSWERS} --model $dir/{policy}/policy"
