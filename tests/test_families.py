@@ -207,5 +207,29 @@ def test_weak_leaks(name):
     assert not shares
 
 
+@pytest.mark.parametrize("name", find_families())
+def test_dropout_gives_two_views(name, tmp_path):
+    """In training mode the seed decides, and nothing else."""
+    tiny_model(name).save_pretrained(tmp_path)
+    if name == "diffllama":  # stops with an error instead
+        with pytest.raises(SystemExit):
+            load_with_dropout(tmp_path)
+        return
+    model = common.RewardModel(load_with_dropout(tmp_path), torch.float32, CPU)
+    batch = common.collate(random_rows(16), [0], CPU, share=False)
+    model.share = False
+    views = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        views.append(model(batch))
+    assert torch.equal(views[0], views[2])
+    assert torch.equal(views[0], views[1]) == (name == "mpt")  # which has none where its config is read
+
+
+def load_with_dropout(folder):
+    auto_class = transformers.AutoModelForSequenceClassification
+    return common.load_pretrained(auto_class, folder, "--model", 0.5, num_labels=1)[0].train()
+
+
 def test_lists_name_families():
     assert {*SEPARATE, *NOT_IN_BF16, *SLOW, *SPECIAL} <= {*find_families()}
