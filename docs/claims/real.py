@@ -73,7 +73,7 @@ def make_runs(args):
     runs["flipped"] = f"{runs['tenth-0']} --flip 1"
     for name, flags in CONTRASTIVE.items():
         runs[name] = f"contrastive_rm.py {train} {flags}"
-    models = " ".join(f"{name}=$dir/{name}/model" for name in CONTRASTIVE)
+    models = " ".join(f"{name}=$dir/{name}/model" for name in ("dropout", "simcse"))
     runs["features"] = f"eval.py --eval-data test={args.test} --reward-models {models}"
 
     sample = f"ppo_loop.py --model {args.model} --iterations 0 --seed $seed {args.ppo_flags}"
