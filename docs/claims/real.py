@@ -68,7 +68,7 @@ def make_runs(args):
         runs[f"baseline-{epochs}"] = f"baseline_rm.py {train} --epochs {epochs}"
         for name, flags in make_methods(args).items():
             runs[f"{name}-{epochs}"] = f"{voted} {flags} --epochs {epochs}"
-    for low in range(0, 100, 10):  # a tenth of the pairs, so more epochs
+    for low in (0, 90):  # a tenth of the pairs, so more epochs
         runs[f"tenth-{low}"] = f"{voted} --percentiles {low} {low + 10} --epochs 8"
     runs["flipped"] = f"{runs['tenth-0']} --flip 1"
     for name, flags in CONTRASTIVE.items():
